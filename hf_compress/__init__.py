@@ -1,0 +1,49 @@
+"""Compress Transformers models with one argument; load the result with a plain `from_pretrained`.
+
+Importing the package teaches Transformers the quantization method `"hf_compress"` and the keyword
+`compression_config` of `from_pretrained`.
+"""
+
+from . import integration, quantizer
+from .anatomy import Anatomy, AttentionAnatomy, MlpAnatomy, register_anatomy
+from .calibration.configuration import CalibrationConfig
+from .configuration import CompressionConfig
+from .engine.compress import compress
+from .engine.plan import CompressionPlan, plan
+from .engine.report import CompressionReport
+from .errors import (
+    CalibrationError,
+    CheckpointError,
+    CompressionError,
+    ConfigurationError,
+    NumericalError,
+    ResumeError,
+    UnsupportedModelError,
+)
+from .methods.modular import ModularDecompositionConfig
+
+quantizer.register()
+integration.install()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "AttentionAnatomy",
+    "CalibrationConfig",
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionConfig",
+    "CompressionError",
+    "CompressionPlan",
+    "CompressionReport",
+    "ConfigurationError",
+    "MlpAnatomy",
+    "ModularDecompositionConfig",
+    "NumericalError",
+    "ResumeError",
+    "UnsupportedModelError",
+    "compress",
+    "plan",
+    "register_anatomy",
+]

@@ -1,0 +1,145 @@
+"""A record applied to a live model: the paths of its blocks and their parts, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_attribute(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def join(*parts: str) -> str:
+    """A module path from its parts, empty ones left out."""
+    return ".".join(part for part in parts if part)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language part: of a multimodal model the sub-config, otherwise the config itself."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+@dataclass(frozen=True)
+class ModelAnatomy:
+    """The blocks of a model and how to find their parts.
+
+    Args:
+        model: the model.
+        record: the record of its family.
+        block_paths: module path of every block, in the order of execution.
+    """
+
+    model: PreTrainedModel
+    record: Anatomy
+    block_paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.block_paths)
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.block_paths[index])
+
+    @property
+    def mlp(self) -> MlpAnatomy:
+        assert self.record.mlp is not None
+        return self.record.mlp
+
+    @property
+    def attention(self) -> AttentionAnatomy:
+        assert self.record.attention is not None
+        return self.record.attention
+
+    def mlp_path(self, index: int, role: str) -> str:
+        """Path of the projection with `role` "up", "gate" or "down"."""
+        return join(self.block_paths[index], self.mlp.path, getattr(self.mlp, role))
+
+    def attention_path(self, index: int, role: str | None = None) -> str:
+        """Path of the attention module, or of its projection with `role` "query", "key", "value" or "output"."""
+        inner = getattr(self.attention, role) if role else ""
+        return join(self.block_paths[index], self.attention.path, inner)
+
+    def linear_paths(self) -> Iterator[str]:
+        """The matrices of all blocks that a record names: what `reduction` counts."""
+        for index in range(len(self)):
+            if self.record.attention is not None:
+                for role in ("query", "key", "value", "output"):
+                    yield self.attention_path(index, role)
+            if self.record.mlp is not None:
+                for role in ("up", "gate", "down") if self.mlp.gate else ("up", "down"):
+                    yield self.mlp_path(index, role)
+
+
+def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
+    """Find the record of a model's family and check it against the model.
+
+    Raises:
+        UnsupportedModelError: no record for the family, or a module that the record names is missing or is no
+            `nn.Linear`. The message lists what was found.
+    """
+    config = text_config(model)
+    record = find_record(config.model_type)
+    if record is None:
+        raise UnsupportedModelError(
+            f"no anatomy record describes model type {config.model_type!r} ({type(model).__name__}). "
+            f"Known: {', '.join(known_model_types())}. Found {_describe(model)}. "
+            "Describe the family with hf_compress.register_anatomy(Anatomy(model_types=(...), ...))."
+        )
+    base = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    blocks_path = join(prefix, record.blocks)
+    try:
+        blocks = model.get_submodule(blocks_path)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise UnsupportedModelError(
+            f"the record of {config.model_type!r} expects a list of blocks at {blocks_path!r}, but there is none in "
+            f"{type(model).__name__}. Found {_describe(model)}."
+        )
+    paths = tuple(f"{blocks_path}.{index}" for index in range(len(blocks)))
+    anatomy = ModelAnatomy(model=model, record=record, block_paths=paths)
+    for path in anatomy.linear_paths():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"the record of {config.model_type!r} expects a projection at {path!r}, which {type(model).__name__} "
+                f"does not have. Found {_describe(model)}."
+            ) from None
+        if not isinstance(module, nn.Linear):
+            raise UnsupportedModelError(
+                f"{path!r} is a {type(module).__name__}, where the record of {config.model_type!r} expects an "
+                "nn.Linear. Compress the plain checkpoint, without adapters or another quantization."
+            )
+    return anatomy
+
+
+def _describe(model: nn.Module) -> str:
+    """The longest ModuleList of the model and the children of its first block, for an error message."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return f"no nn.ModuleList in {type(model).__name__}"
+    name, blocks = max(lists, key=lambda item: len(item[1]))
+    if len(blocks) == 0:
+        return f"an empty nn.ModuleList at {name!r}"
+    leaves = [
+        f"{path}: {type(module).__name__}"
+        for path, module in blocks[0].named_modules()
+        if path and not any(module.children())
+    ]
+    return f"{len(blocks)} blocks at {name!r} with {{{', '.join(leaves)}}}"

@@ -1,0 +1,149 @@
+"""Declarative descriptions of model families: where a block keeps its attention and its MLP.
+
+A record is data. A family needs one record and no code in any method; `register_anatomy` adds one from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionAnatomy:
+    """The attention of a block. Names are attributes of the attention module, dotted where they lie deeper.
+
+    Args:
+        path: the attention module, relative to the block.
+        query, key, value, output: the four projections, `nn.Linear`.
+        rotary: `"half"` when a rotary embedding couples dimensions `i` and `i + head_dim / 2`; `None` without one.
+        rotary_flag: attribute that is false on layers that leave the rotary embedding out (SmolLM3).
+        query_norm, key_norm: RMS norms over the head dimension between projection and rotary embedding.
+        norm_offset: the norms multiply by `norm_offset + weight` (Gemma: 1).
+        scaling: attribute that holds the softmax scale.
+        query_prescaled: the dense class multiplies the query by the scale and passes 1 to the attention function (OPT).
+        softcap: attribute that holds the logit softcap, passed on as `softcap=`.
+        sliding_window: attribute that holds the window, passed on as `sliding_window=`.
+        dropout: attribute that holds the dropout probability.
+    """
+
+    path: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    rotary: Literal["half"] | None = "half"
+    rotary_flag: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm_offset: float = 0.0
+    scaling: str = "scaling"
+    query_prescaled: bool = False
+    softcap: str | None = None
+    sliding_window: str | None = None
+    dropout: str = "attention_dropout"
+
+    @property
+    def projections(self) -> tuple[str, str, str, str]:
+        return self.query, self.key, self.value, self.output
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpAnatomy:
+    """The MLP of a block: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
+
+    Args:
+        path: the module that holds the projections, relative to the block; `""` for the block itself.
+        up, gate, down: the projections, `nn.Linear`.
+        width_field: the field of the model's config that holds the width between up and down.
+        feeds_residual: the down projection's output is added to the residual stream as it is, without a norm.
+    """
+
+    path: str = "mlp"
+    up: str = "up_proj"
+    gate: str | None = "gate_proj"
+    down: str = "down_proj"
+    width_field: str = "intermediate_size"
+    feeds_residual: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """One family of models.
+
+    Args:
+        model_types: the `config.model_type` values that the record describes.
+        blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`).
+        attention, mlp: the parts of a block; `None` for a part that the record does not describe.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: str = "layers"
+    attention: AttentionAnatomy | None = AttentionAnatomy()
+    mlp: MlpAnatomy | None = MlpAnatomy()
+
+
+_RECORDS: dict[str, Anatomy] = {}
+
+
+def register_anatomy(record: Anatomy, *, replace: bool = False) -> Anatomy:
+    """Make a family known. Raises `ConfigurationError` if a model type has a record already and `replace` is false."""
+    taken = [name for name in record.model_types if name in _RECORDS]
+    if taken and not replace:
+        raise ConfigurationError(f"model types {taken} already have an anatomy record; pass replace=True to replace it.")
+    for name in record.model_types:
+        _RECORDS[name] = record
+    return record
+
+
+def find_record(model_type: str) -> Anatomy | None:
+    return _RECORDS.get(model_type)
+
+
+def known_model_types() -> list[str]:
+    return sorted(_RECORDS)
+
+
+register_anatomy(Anatomy(model_types=("llama",)))
+register_anatomy(
+    Anatomy(model_types=("mistral",), attention=AttentionAnatomy(sliding_window="config.sliding_window"))
+)
+register_anatomy(Anatomy(model_types=("qwen2",), attention=AttentionAnatomy(sliding_window="sliding_window")))
+register_anatomy(
+    Anatomy(
+        model_types=("qwen3",),
+        attention=AttentionAnatomy(query_norm="q_norm", key_norm="k_norm", sliding_window="sliding_window"),
+    )
+)
+register_anatomy(
+    Anatomy(
+        model_types=("smollm3",),
+        attention=AttentionAnatomy(rotary_flag="use_rope", sliding_window="sliding_window"),
+    )
+)
+register_anatomy(
+    Anatomy(
+        model_types=("gemma2",),
+        attention=AttentionAnatomy(softcap="attn_logit_softcapping", sliding_window="sliding_window"),
+        mlp=MlpAnatomy(feeds_residual=False),
+    )
+)
+register_anatomy(
+    Anatomy(
+        model_types=("gemma3_text",),
+        attention=AttentionAnatomy(
+            query_norm="q_norm", key_norm="k_norm", norm_offset=1.0, sliding_window="sliding_window"
+        ),
+        mlp=MlpAnatomy(feeds_residual=False),
+    )
+)
+register_anatomy(
+    Anatomy(
+        model_types=("opt",),
+        blocks="decoder.layers",
+        attention=AttentionAnatomy(output="out_proj", rotary=None, query_prescaled=True, dropout="dropout"),
+        mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field="ffn_dim"),
+    )
+)

@@ -1,0 +1,279 @@
+"""Opens what a `CalibrationConfig` names and reads its rows or its texts, no further than asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CalibrationError
+from .configuration import CalibrationConfig
+
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SEPARATOR = "\n\n"  # between rows, as perplexity on wikitext is measured everywhere
+_ROWS_IN_CHUNK = 1024
+_IN_MEMORY = {
+    "texts": "in-memory texts",
+    "tokens": "in-memory token ids",
+    "rows": "in-memory dataset",
+    "examples": "in-memory examples",
+    "mixture": "mixture",
+}
+
+
+def describe_source(config: CalibrationConfig) -> dict[str, Any]:
+    """What a model card says about the origin of the data, in plain JSON. A local path is given by its last part."""
+    if config.kind != "source":
+        source = {"dataset": _IN_MEMORY[config.kind]}
+    elif (path := _local_path(config)) is not None:
+        source = {"dataset": path.resolve().name}
+    else:
+        source = {"dataset": str(config.dataset), "split": config.split}
+        source |= {field: value for field in ("name", "revision") if (value := getattr(config, field)) is not None}
+    if config.text_column is not None:
+        source["text_column"] = config.text_column
+    return source
+
+
+def title(config: CalibrationConfig) -> str:
+    """How messages call the data."""
+    source = describe_source(config)
+    details = ", ".join(f"{key}={value!r}" for key, value in source.items() if key not in ("dataset", "text_column"))
+    return f"the dataset {source['dataset']!r}" + (f" ({details})" if details else "")
+
+
+def open_rows(
+    config: CalibrationConfig, *, token: str | bool | None = None, cache_dir: str | Path | None = None
+) -> Any:
+    """Open the data without reading more than `datasets` must.
+
+    Returns:
+        The list or iterable of the user, or a `datasets.Dataset` or `IterableDataset`.
+
+    Raises:
+        `CalibrationError`: for a path that does not exist, a folder without usable files, or whatever `datasets` or
+            the Hub reports.
+    """
+    if config.kind != "source":
+        return config.dataset
+    files = _local_files(config)
+    cache = str(cache_dir) if cache_dir is not None else None
+    import datasets
+
+    try:
+        if not files:
+            return datasets.load_dataset(
+                str(config.dataset),
+                config.name,
+                split=config.split,
+                revision=config.revision,
+                streaming=config.streaming,
+                token=token,
+                cache_dir=cache,
+            )
+        # The readers of the classes, unlike load_dataset, ask nothing of the network.
+        reader = f"from_{_BUILDERS[files[0].suffix.lower()]}"
+        paths = [str(file) for file in files]
+        if config.streaming:
+            return getattr(datasets.IterableDataset, reader)(paths)
+        return getattr(datasets.Dataset, reader)(paths, cache_dir=cache)
+    except Exception as error:
+        raise _unreadable(config, error) from error
+
+
+def read_texts(
+    config: CalibrationConfig,
+    processing_class: Any,
+    *,
+    piece_characters: int,
+    seed: int,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Iterator[str]:
+    """Read the texts, in pieces that put together are the whole text.
+
+    Rows are joined by an empty line, rendered conversations by nothing. A source of up to `piece_characters` is one
+    piece, so that its tokens do not depend on where it is cut. Of a larger one that can be indexed, chunks of
+    consecutive rows come in an order drawn by `seed`; other sources come in their own order.
+
+    Raises:
+        `CalibrationError`: for data that cannot be read, a missing text column, or rows that are not texts.
+    """
+    files = _local_files(config) if config.kind == "source" else []
+    if files and files[0].suffix.lower() == ".txt":
+        if config.text_column is not None:
+            raise CalibrationError(f"{title(config)} is plain text without columns; leave `text_column` out.")
+        fragments = guarded(config, _file_fragments(files))
+    else:
+        rows = open_rows(config, token=token, cache_dir=cache_dir)
+        values = rows if config.kind == "texts" else _column(config, rows)
+        fragments = _row_fragments(config, values, processing_class, piece_characters, seed)
+    piece: list[str] = []
+    characters = 0
+    for fragment in fragments:
+        # A whole corpus may stand in a single row or line.
+        for start in range(0, len(fragment), piece_characters):
+            piece.append(fragment[start : start + piece_characters])
+            characters += len(piece[-1])
+            if characters > piece_characters:
+                yield "".join(piece)
+                piece, characters = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _file_fragments(files: list[Path]) -> Iterator[str]:
+    for number, file in enumerate(files):
+        if number:
+            yield _SEPARATOR
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
+
+
+def _row_fragments(
+    config: CalibrationConfig, values: Any, processing_class: Any, piece_characters: int, seed: int
+) -> Iterator[str]:
+    first = True
+    for value in _in_reading_order(guarded(config, values), values, piece_characters, config, seed):
+        if value is None:
+            continue
+        if isinstance(value, str):
+            text, separator = value, _SEPARATOR
+        elif isinstance(value, list):
+            text, separator = _conversation(value, processing_class), ""
+        else:
+            raise CalibrationError(
+                f"{title(config)}: a row of the text column holds a {type(value).__name__}; expected a text or a "
+                "list of messages. Choose another column with `text_column=`, or give a `data_collator`."
+            )
+        yield text if first else separator + text
+        first = False
+
+
+def _in_reading_order(
+    in_order: Iterator[Any], values: Any, characters: int, config: CalibrationConfig, seed: int
+) -> Iterator[Any]:
+    if not hasattr(values, "__len__"):
+        yield from in_order
+        return
+    head, seen = [], 0
+    for value in in_order:
+        head.append(value)
+        seen += len(value) if isinstance(value, str) else len(str(value))
+        if seen > characters:
+            break
+    else:
+        yield from head
+        return
+    # Short chunks for short lists, so that a few long documents are drawn from as well as many lines.
+    size = max(1, min(_ROWS_IN_CHUNK, len(values) // 64))
+    starts = range(0, len(values), size)
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))
+    chunks = (values[starts[chunk] : starts[chunk] + size] for chunk in order.tolist())
+    yield from guarded(config, chain.from_iterable(chunks))
+
+
+def _conversation(messages: list[Any], processing_class: Any) -> str:
+    try:
+        return str(processing_class.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(processing_class).__name__}.apply_chat_template could not render a conversation: {error} "
+            "Give a processing_class whose chat template fits the messages, or choose a column of texts with "
+            "`text_column=`."
+        ) from error
+
+
+def _column(config: CalibrationConfig, rows: Any) -> Any:
+    """The column of texts or conversations: indexable if `rows` is, else only iterable."""
+    rows = rows.with_format(None)
+    if rows.features is not None:
+        columns = list(rows.features)
+        strings = [
+            name for name in columns if getattr(rows.features[name], "dtype", None) in ("string", "large_string")
+        ]
+    else:
+        first: dict[str, Any] = next(guarded(config, rows), {})
+        columns = list(first)
+        strings = [name for name in columns if isinstance(first[name], str)]
+    if not columns:
+        return []
+    candidates = [config.text_column] if config.text_column is not None else ["text", "messages"]
+    candidates = [name for name in candidates if name in columns]
+    if config.text_column is None and not candidates and len(strings) == 1:
+        candidates = strings
+    if not candidates:
+        wanted = f"no column {config.text_column!r}" if config.text_column else "no column that is plainly the text"
+        raise CalibrationError(
+            f"{title(config)} has {wanted}; its columns are {columns}. "
+            f"Name the one to read, such as text_column={(strings or columns)[0]!r}."
+        )
+    # Selected first, so that images and other columns beside it are neither read nor decoded.
+    return rows.select_columns(candidates[:1])[candidates[0]]
+
+
+def guarded(config: CalibrationConfig, values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the same values; what goes wrong while they are read is raised as a `CalibrationError`."""
+    try:
+        yield from values
+    except Exception as error:
+        raise _unreadable(config, error) from error
+
+
+def _unreadable(config: CalibrationConfig, error: Exception) -> CalibrationError:
+    reason = error.__cause__ or error
+    remedy = ""
+    if config.kind == "source" and _local_path(config) is not None:
+        remedy = " Check the contents of the file."
+    elif config.kind == "source":
+        remedy = (
+            " No file or folder has that name, so it was asked of the Hub. Check `dataset`, `name`, `split` and the "
+            "connection; a private or gated dataset needs `token`."
+        )
+    return CalibrationError(f"{title(config)} could not be read: {type(reason).__name__}: {reason}{remedy}")
+
+
+def _local_path(config: CalibrationConfig) -> Path | None:
+    """The file or folder meant, or None for a Hub id; raises `CalibrationError` if it is neither."""
+    given = str(config.dataset)
+    path = Path(os.path.expanduser(given))
+    # os.path.exists, unlike Path.exists, takes a whole text given by mistake for a name too long to exist.
+    if os.path.exists(path):
+        return path
+    if isinstance(config.dataset, Path) or path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(given):
+        shown = given if len(given) <= 200 else given[:200] + "..."
+        raise CalibrationError(
+            f"dataset={shown!r} is no file or folder (looked in {str(Path.cwd())!r}) and no Hub dataset id. "
+            "Correct the path; texts in memory are given as a list of str."
+        )
+    return None
+
+
+def _local_files(config: CalibrationConfig) -> list[Path]:
+    path = _local_path(config)
+    if path is None:
+        return []
+    for field, default in (("name", None), ("revision", None), ("split", "train")):
+        if (value := getattr(config, field)) != default:
+            raise CalibrationError(
+                f"{field}={value!r} applies to datasets of the Hub, but {str(config.dataset)!r} is local. "
+                f"Leave `{field}` out, or load the data with `datasets` and pass the Dataset."
+            )
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    usable = [file for file in files if file.suffix.lower() in _BUILDERS]
+    kinds = sorted({_BUILDERS[file.suffix.lower()] for file in usable})
+    if len(kinds) != 1:
+        found = sorted({file.suffix or file.name for file in files})
+        raise CalibrationError(
+            f"{path.name!r} holds {'files of several kinds' if kinds else 'nothing to read'}: found {found}, "
+            f"expected files of one kind of {sorted(_BUILDERS)}."
+        )
+    if not any(file.stat().st_size for file in usable):
+        raise CalibrationError(f"{path.name!r} is empty: there is nothing to calibrate on.")
+    return usable

@@ -1,0 +1,48 @@
+"""`hf-compress plan`: what a recipe would do, before doing it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import recipe as options
+from .console import command, stdout
+from .loading import check_source
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
+    method: options.Method = "modular",
+    reduction: options.Reduction = None,
+    kinds: options.Kinds = None,
+    allocation: options.Allocation = None,
+    temperature: options.Temperature = None,
+    search_minutes: options.SearchMinutes = None,
+    rank_multiple: options.RankMultiple = None,
+    portable: options.Portable = None,
+    order: options.Order = None,
+    value_output: options.ValueOutput = None,
+    modules_to_not_convert: options.Skip = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show what would be compressed and how small MODEL would become. Nothing is loaded or written."""
+    check_source(model)
+    recipe = options.build_recipe(
+        method,
+        reduction=options.parse_reduction(reduction),
+        kinds=options.parse_kinds(kinds),
+        allocation=allocation,
+        temperature=options.parse_temperature(temperature),
+        search_minutes=search_minutes,
+        rank_multiple=rank_multiple,
+        portable=portable,
+        order=order,
+        value_output=value_output,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+
+    import hf_compress
+
+    stdout().print(str(hf_compress.plan(model, recipe)), highlight=False, markup=False)

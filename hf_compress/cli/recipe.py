@@ -1,0 +1,141 @@
+"""From command-line options to recipes and calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..calibration.configuration import CalibrationConfig
+    from ..configuration import MethodConfig
+
+# Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
+Method = Annotated[str, typer.Option(help="Compression method: modular (modular decomposition).")]
+Reduction = Annotated[
+    str | None,
+    typer.Option(help="Fraction of block-linear weights to remove, or one a kind: mlp=0.25,query_key=0.1."),
+]
+Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]
+Allocation = Annotated[str | None, typer.Option(help="block_influence, uniform or search.")]
+Temperature = Annotated[str | None, typer.Option(help="Temperature of the allocation, or auto.")]
+SearchMinutes = Annotated[float | None, typer.Option(help="Wall time that --allocation search may take.")]
+RankMultiple = Annotated[int | None, typer.Option(help="Ranks are multiples of this; by default the device's.")]
+Portable = Annotated[
+    bool | None,
+    typer.Option("--portable/--no-portable", help="Write a plain model that loads without hf_compress (MLP alone)."),
+]
+Order = Annotated[str | None, typer.Option(help="dense (one pass) or sequential (inputs from the compressed prefix).")]
+ValueOutput = Annotated[str | None, typer.Option(help="joint (one SVD a group of heads) or per_head.")]
+Skip = Annotated[
+    list[str] | None, typer.Option("--modules-to-not-convert", help="A module to leave as it is; may be repeated.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
+GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in the model's folder or repository.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Where the model goes: auto, or a device.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+
+def build_recipe(method: str, calibration: CalibrationConfig | None = None, **options: Any) -> MethodConfig:
+    """The configuration of `method`; options that are None are left to its defaults.
+
+    Raises:
+        ConfigurationError: for an unknown method, or a value that the method refuses.
+    """
+    from ..methods.modular.configuration import ModularDecompositionConfig
+
+    recipes: dict[str, type[MethodConfig]] = {ModularDecompositionConfig.method: ModularDecompositionConfig}
+    # The method's own name may be longer than what one likes to type.
+    recipes["modular"] = ModularDecompositionConfig
+    if method not in recipes:
+        raise ConfigurationError(f"unknown --method {method!r}; known: {', '.join(sorted(recipes))}.")
+    if options.get("modules_to_not_convert") is not None:
+        options["modules_to_not_convert"] = tuple(options["modules_to_not_convert"])
+    given = {name: value for name, value in options.items() if value is not None}
+    return recipes[method](calibration=calibration, **given)
+
+
+def parse_reduction(text: str | None) -> float | dict[str, float] | None:
+    """`"0.2"` or `"mlp=0.25,query_key=0.1"`; raises `ConfigurationError` for anything else."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.split("=") for part in text.split(",")]
+        return {kind.strip(): float(value) for kind, value in pairs}
+    except ValueError:
+        raise ConfigurationError(
+            f"--reduction {text!r} is no fraction such as 0.2, and not one a kind such as mlp=0.25,query_key=0.1."
+        ) from None
+
+
+def parse_kinds(text: str | None) -> str | list[str] | None:
+    """`"auto"` or a comma-separated list."""
+    if text is None or text == "auto":
+        return text
+    return [kind.strip() for kind in text.split(",") if kind.strip()]
+
+
+def parse_temperature(text: str | None) -> float | str | None:
+    """`"auto"` or a number; raises `ConfigurationError` for anything else."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(f"--temperature {text!r} is neither a number nor auto.") from None
+
+
+def build_calibration(
+    datasets: Sequence[str],
+    names: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    text_columns: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> CalibrationConfig:
+    """Calibration data from options; several datasets are a mixture.
+
+    Names, splits and columns are given once for all datasets, or once for each, where `-` stands for none.
+
+    Raises:
+        ConfigurationError: without a dataset, or where an option is given another number of times.
+    """
+    from ..calibration.configuration import CalibrationConfig
+
+    if not datasets:
+        raise ConfigurationError(
+            "there is nothing to calibrate on: add --dataset FILE (.txt, .jsonl, .parquet, .csv), or a dataset of the "
+            "Hub, such as --dataset Salesforce/wikitext --dataset-name wikitext-2-raw-v1."
+        )
+    columns = {
+        "name": _spread("--dataset-name", names, len(datasets)),
+        "split": _spread("--split", splits, len(datasets)),
+        "text_column": _spread("--text-column", text_columns, len(datasets)),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    parts: list[dict[str, Any]] = []
+    for index, dataset in enumerate(datasets):
+        chosen = {field: values[index] for field, values in columns.items()}
+        parts.append({"dataset": dataset, **{field: value for field, value in chosen.items() if value is not None}})
+    if len(parts) == 1 and not weights:
+        return CalibrationConfig(**parts[0], **given)
+    return CalibrationConfig(
+        [CalibrationConfig(**part) for part in parts], weights=tuple(weights) if weights else None, **given
+    )
+
+
+def _spread(option: str, values: Sequence[str] | None, count: int) -> list[str | None]:
+    if not values:
+        return [None] * count
+    if len(values) not in (1, count):
+        raise ConfigurationError(
+            f"{option} was given {len(values)} times for {count} datasets; give it once for all, or once for each "
+            f"(- for none)."
+        )
+    return [None if value == "-" else value for value in (list(values) * count if len(values) == 1 else values)]

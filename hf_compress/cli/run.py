@@ -1,0 +1,102 @@
+"""`hf-compress run`: compress a model and save it with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigurationError
+from . import recipe as options
+from .console import command, say, stdout
+
+
+@command
+def run(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
+    method: options.Method = "modular",
+    reduction: options.Reduction = None,
+    kinds: options.Kinds = None,
+    allocation: options.Allocation = None,
+    temperature: options.Temperature = None,
+    search_minutes: options.SearchMinutes = None,
+    rank_multiple: options.RankMultiple = None,
+    portable: options.Portable = None,
+    order: options.Order = None,
+    value_output: options.ValueOutput = None,
+    modules_to_not_convert: options.Skip = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Calibration data: a file, a folder or a Hub id; repeated, a mixture.")
+    ] = None,
+    dataset_name: Annotated[list[str] | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
+    dataset_weight: Annotated[list[float] | None, typer.Option(help="Share of each dataset of a mixture.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split of a Hub dataset.")] = None,
+    text_column: Annotated[list[str] | None, typer.Option(help="Column of texts or messages.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Sequences to calibrate on.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the sequences.")] = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    working_directory: Annotated[
+        Path | None, typer.Option(help="Keeps finished blocks, so that an interrupted run resumes.")
+    ] = None,
+    revision: options.Revision = None,
+    gguf_file: options.GgufFile = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compress MODEL and write the result, with its tokenizer, to OUT."""
+    check_output(out)
+    calibration = options.build_calibration(
+        dataset or [],
+        dataset_name,
+        split,
+        text_column,
+        dataset_weight,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    recipe = options.build_recipe(
+        method,
+        calibration,
+        reduction=options.parse_reduction(reduction),
+        kinds=options.parse_kinds(kinds),
+        allocation=allocation,
+        temperature=options.parse_temperature(temperature),
+        search_minutes=search_minutes,
+        rank_multiple=rank_multiple,
+        portable=portable,
+        order=order,
+        value_output=value_output,
+        modules_to_not_convert=modules_to_not_convert,
+        seed=seed,
+    )
+
+    import hf_compress
+
+    from ..evaluation import size_on_disk
+    from .loading import load_model, load_tokenizer
+
+    # The tokenizer first: it is small, and calibration and saving fail without it.
+    tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
+    dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
+    compressed = hf_compress.compress(dense, recipe, processing_class=tokenizer, working_directory=working_directory)
+    stdout().print(str(compressed.compression_report), highlight=False, markup=False)
+    compressed.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    say(f"Saved to {out} ({size_on_disk(out).weights:,} bytes of weights)")
+
+
+def check_output(out: Path) -> None:
+    """Raise `ConfigurationError`, before the work, where the result could not be written or would mix with files."""
+    if out.is_file():
+        raise ConfigurationError(f"{str(out)!r} is a file; name a folder to write.")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigurationError(f"the folder {str(out)!r} is not empty; name a new one, or empty it.")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")

@@ -1,0 +1,94 @@
+"""Recipes: what is done to a model. Strict, typed, immutable, and all that is serialised.
+
+The *inputs* (calibration data) may ride along on a recipe for convenience; they are left out of every file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from .calibration.configuration import CalibrationConfig
+from .errors import ConfigurationError
+from .strict import StrictModel
+
+QUANT_METHOD = "hf_compress"
+
+
+class MethodConfig(StrictModel):
+    """Base of the configuration of one method; a child sets `method` and registers a handler for it.
+
+    Args:
+        calibration (`CalibrationConfig`, *optional*): the data to calibrate on. An input, never saved.
+        modules_to_not_convert (`list[str]`, *optional*): module names (a full path or its last parts) left as they are.
+        seed (`int`, defaults to 0): seeds whatever the method draws at random.
+    """
+
+    method: ClassVar[str]
+    # Transformers reads this attribute to choose the quantizer.
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    calibration: CalibrationConfig | None = Field(default=None, exclude=True, repr=False)
+    modules_to_not_convert: tuple[str, ...] = ()
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON, without inputs."""
+        return {"method": self.method, **self.model_dump(mode="json")}
+
+
+_METHOD_CONFIGS: dict[str, type[MethodConfig]] = {}
+
+
+def register_method_config(config: type[MethodConfig]) -> type[MethodConfig]:
+    """Make a method's configuration known to [`CompressionConfig`] (class decorator)."""
+    _METHOD_CONFIGS[config.method] = config
+    return config
+
+
+def method_config_from_dict(data: dict[str, Any]) -> MethodConfig:
+    """Build the configuration that a stage's JSON describes; raises `ConfigurationError` for an unknown method."""
+    fields = dict(data)
+    method = fields.pop("method", None)
+    if method not in _METHOD_CONFIGS:
+        raise ConfigurationError(f"unknown method {method!r} in a recipe; known methods: {sorted(_METHOD_CONFIGS)}.")
+    return _METHOD_CONFIGS[method](**fields)
+
+
+class CompressionConfig(StrictModel):
+    """A sequence of stages, each applied to the result of the one before.
+
+    Args:
+        stages: method configurations (or their dictionaries) in order.
+        calibration (`CalibrationConfig`, *optional*): serves every stage that has none of its own.
+    """
+
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    stages: tuple[MethodConfig, ...] = Field(min_length=1)
+    calibration: CalibrationConfig | None = Field(default=None, exclude=True, repr=False)
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _parse_stages(cls, stages: Any) -> Any:
+        if not isinstance(stages, (list, tuple)):
+            raise ValueError("expected a list of method configurations")
+        return tuple(method_config_from_dict(stage) if isinstance(stage, dict) else stage for stage in stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON, without inputs."""
+        return {"stages": [stage.to_dict() for stage in self.stages]}
+
+    @classmethod
+    def wrap(cls, config: CompressionConfig | MethodConfig | dict[str, Any]) -> CompressionConfig:
+        """Accept a single method's config, or a recipe's dictionary, wherever a `CompressionConfig` is expected."""
+        if isinstance(config, CompressionConfig):
+            return config
+        if isinstance(config, MethodConfig):
+            return cls(stages=(config,), calibration=config.calibration)
+        if isinstance(config, dict):
+            return cls(**config) if "stages" in config else cls(stages=(method_config_from_dict(config),))
+        raise ConfigurationError(
+            f"expected a CompressionConfig, a method's config or a recipe dictionary, got {type(config).__name__}."
+        )

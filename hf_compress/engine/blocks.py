@@ -1,0 +1,176 @@
+"""Running a model block by block, with exactly the arguments that the model itself would pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..anatomy import ModelAnatomy
+from ..errors import NumericalError
+
+Batch = dict[str, Tensor]
+# Rows of logits turned to float32 at once.
+LOGIT_ROWS = 512
+
+
+# Which positions of the batch now in a block are text: (batch · tokens,), or `None` without padding.
+_TEXT_POSITIONS: ContextVar[Tensor | None] = ContextVar("text_positions", default=None)
+
+
+def real_tokens(states: Float[Tensor, "*tokens n"]) -> Float[Tensor, "real n"]:
+    """The rows of a hidden state that belong to text, without padding."""
+    rows = states.reshape(-1, states.shape[-1])
+    positions = _TEXT_POSITIONS.get()
+    return rows if positions is None else rows[positions.to(rows.device)]
+
+
+@contextmanager
+def replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let every module run `forward(index, *args, **kwargs)` for the time of the context."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for index, module in enumerate(modules):
+        module.forward = lambda *args, _index=index, **kwargs: forward(_index, *args, **kwargs)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+class BlockStream:
+    """The residual stream of some batches between two blocks.
+
+    The model runs once with its blocks replaced by pass-throughs that record their arguments: masks, rotary tables and
+    whatever else a family passes, per block. From there the blocks are called one by one.
+
+    Args:
+        anatomy: where the blocks are.
+        batches: keyword arguments of the model's forward, one dictionary a batch.
+    """
+
+    def __init__(self, anatomy: ModelAnatomy, batches: list[Batch]) -> None:
+        self.anatomy = anatomy
+        self.batches = batches
+        self.hidden: list[Tensor] = []
+        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        blocks = [anatomy.block(index) for index in range(len(anatomy))]
+        model = anatomy.model.base_model
+        for batch in batches:
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(blocks)
+            entry: list[Tensor] = []
+
+            def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                calls[index] = (args, kwargs)  # noqa: B023 - used within the same turn of the loop
+                if not entry:  # noqa: B023
+                    entry.append(hidden)  # noqa: B023
+                return hidden
+
+            def entrance(index: int, *args: Any, **kwargs: Any) -> Tensor:
+                if "hidden_states" in kwargs:
+                    hidden = kwargs.pop("hidden_states")
+                    return record(index, hidden, *args, **kwargs)  # noqa: B023
+                return record(index, *args, **kwargs)  # noqa: B023
+
+            with torch.no_grad(), replaced_forward(blocks, entrance):
+                model(**model_inputs(model, batch))
+            self.hidden.append(entry[0])
+            self._arguments.append(calls)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def copy(self) -> BlockStream:
+        """A stream at the same place with the same arguments, to be moved on its own."""
+        other = object.__new__(BlockStream)
+        other.anatomy, other.batches = self.anatomy, self.batches
+        other.hidden, other._arguments = list(self.hidden), self._arguments
+        return other
+
+    def run(self, index: int, batch: int) -> Float[Tensor, "batch tokens d"]:
+        """Block `index` on the present hidden states of a batch; the stream itself does not move."""
+        args, kwargs = self._arguments[batch][index]
+        mask = self.batches[batch].get("attention_mask")
+        token = _TEXT_POSITIONS.set(None if mask is None or mask.all() else mask.bool().reshape(-1))
+        try:
+            with torch.no_grad():
+                output = self.anatomy.block(index)(self.hidden[batch], *args, **kwargs)
+        finally:
+            _TEXT_POSITIONS.reset(token)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def advance(self, index: int) -> None:
+        """Move every batch through block `index`.
+
+        Raises:
+            NumericalError: non-finite activations, with the name of the block.
+        """
+        for batch in range(len(self)):
+            self.hidden[batch] = require_finite(self.run(index, batch), f"output of {self.anatomy.block_paths[index]!r}")
+
+    def final_loss(self) -> float:
+        """What the model makes of the hidden states after the last block: mean negative log-likelihood a token.
+
+        The model's own final norm and head run on them, sequence by sequence, so that a family's extras (softcap,
+        logit scale) are kept.
+        """
+        blocks = [self.anatomy.block(index) for index in range(len(self.anatomy))]
+        model, total, count = self.anatomy.model, 0.0, 0
+        for batch, hidden in zip(self.batches, self.hidden, strict=True):
+            for row in range(len(hidden)):
+                final = hidden[row : row + 1]
+                single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                with torch.no_grad(), replaced_forward(blocks, lambda *_, _final=final, **__: _final):
+                    logits = model(**model_inputs(model, single)).logits[0, :-1]
+                targets = single["input_ids"][0, 1:].to(logits.device)
+                mask = single["attention_mask"][0, 1:].bool() if "attention_mask" in single else None
+                for start in range(0, len(targets), LOGIT_ROWS):
+                    rows = slice(start, start + LOGIT_ROWS)
+                    losses = nn.functional.cross_entropy(logits[rows].float(), targets[rows], reduction="none").double()
+                    if mask is not None:
+                        losses = losses[mask[rows].to(losses.device)]
+                    total, count = total + float(losses.sum()), count + losses.numel()
+        return total / max(count, 1)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The part of a batch that `model` takes, on its device, without a cache."""
+    known = inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {
+        name: tensor.to(device) for name, tensor in batch.items() if name in known and name != "labels"
+    }
+    return {**inputs, "use_cache": False} if "use_cache" in known else inputs
+
+
+def require_finite(hidden: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(hidden).all():
+        raise NumericalError(
+            f"non-finite values in the {what}. Check the checkpoint's weights, or load it in float32 or bfloat16 "
+            "(float16 overflows on many models)."
+        )
+    return hidden
+
+
+def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
+    """The first batches, until they hold `tokens` positions; the last one is cut to whole sequences."""
+    taken: list[Batch] = []
+    for batch in batches:
+        first = next(iter(batch.values()))
+        length = first.shape[1] if first.dim() > 1 else 1
+        rows = min(len(first), max(-(-tokens // length), 1))
+        taken.append({name: tensor[:rows] for name, tensor in batch.items()})
+        tokens -= rows * length
+        if tokens <= 0:
+            break
+    return taken

@@ -1,0 +1,271 @@
+"""`compress`: a model in memory, changed in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
+from ..calibration.configuration import CalibrationConfig
+from ..calibration.data import CalibrationData, load_calibration_data
+from ..configuration import CompressionConfig, MethodConfig
+from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
+from ..layout import layout_of
+from .distributed import on_one_process
+from .registry import create_method
+from .report import CompressionReport, ModuleReport
+from .resume import ResumePoint, model_checksum
+from .session import Method, Session
+from .walk import walk
+
+
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig | MethodConfig | dict[str, Any],
+    *,
+    processing_class: Any = None,
+    calibration: CalibrationConfig | Any = None,
+    working_directory: str | Path | None = None,
+    load_arguments: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Compress a model in place and return it, ready for `generate`, training and `save_pretrained`.
+
+    Args:
+        model: a dense Transformers model on its device, with real weights.
+        config: the recipe; its `calibration` is used unless one is given here.
+        processing_class: tokenizer (or image processor) for the calibration data. By default it is loaded from
+            `model.name_or_path`.
+        calibration: a `CalibrationConfig`, or anything that its `dataset` takes.
+        working_directory: keeps a resume point after every block. The same call on the same inputs goes on from there.
+        load_arguments: `revision`, `token`, `cache_dir`, `subfolder`, `gguf_file` for the implicit load of the
+            `processing_class`.
+
+    Returns:
+        The same model, with `compression_report` attached.
+
+    Raises:
+        UnsupportedModelError: a family without an anatomy record, or weights that are not in memory.
+        ConfigurationError: a recipe that the model cannot meet, or a model that is compressed already.
+        CalibrationError: data that is missing or unfit.
+        NumericalError: non-finite weights or activations, or a factorisation that failed; names the module.
+        ResumeError: a working directory of another run.
+    """
+    recipe = CompressionConfig.wrap(config)
+    _require_dense(model)
+    anatomy = resolve_anatomy(model)
+    # Built once before any data is read, so that a recipe which the model cannot meet stops here.
+    methods = [create_method(stage, anatomy) for stage in recipe.stages]
+    sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
+    for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
+        if method.needs_calibration and source is None:
+            raise CalibrationError(
+                f"{type(stage).__name__} needs calibration data and got none. Add calibration=CalibrationConfig("
+                'dataset="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train") to the config, or '
+                "calibration=[...] (texts) to compress()."
+            )
+    _require_finite_weights(model)
+    base = str(getattr(model.config, "name_or_path", "") or "")
+
+    def run() -> tuple[CompressionReport, dict[str, Any]]:
+        return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
+
+    report, provenance = on_one_process(model, run)
+    for method in methods:
+        method.finish()
+    _attach(model, recipe, report, provenance)
+    return model
+
+
+def _run(
+    model: PreTrainedModel,
+    recipe: CompressionConfig,
+    anatomy: ModelAnatomy,
+    sources: list[CalibrationConfig | None],
+    processing_class: Any,
+    load_arguments: dict[str, Any],
+    working_directory: str | Path | None,
+    base: str,
+) -> tuple[CompressionReport, dict[str, Any]]:
+    training = model.training
+    model.eval()
+    before = _count(model, anatomy)
+    checksum = model_checksum(model) if working_directory is not None else None
+    rows: list[ModuleReport] = []
+    notes: dict[str, Any] = {}
+    left_alone: list[str] = []
+    provenance: dict[str, Any] = {
+        "base_model": base if _is_hub_id(base) else Path(base).name,
+        "base_commit": getattr(model.config, "_commit_hash", None),
+        "versions": {name: version(name) for name in ("hf_compress", "torch", "transformers")},
+        "calibration": [],
+    }
+    for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
+        # The stage before may have changed the structure: a method looks at the model as it is now.
+        method = create_method(stage, anatomy)
+        data = _load_data(model, method, source, processing_class, load_arguments, base)
+        directory = None if working_directory is None else Path(working_directory) / f"stage-{position}"
+        fingerprint = {
+            "recipe": hashlib.sha256(json.dumps(stage.to_dict(), sort_keys=True).encode()).hexdigest(),
+            "model": checksum,
+            "calibration data": data.fingerprint if data else None,
+            "versions": provenance["versions"],
+            "machine type": platform.machine(),
+        }
+        resume = ResumePoint(directory, fingerprint)
+        session = Session(anatomy, data.batches if data else [], data.held_out if data else [])
+        torch.manual_seed(stage.seed)
+        _survey(method, session, resume)
+        rows += walk(session, method, resume)
+        notes.update(session.notes)
+        left_alone += session.left_alone
+        if data is not None:
+            provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
+    model.train(training)
+    after = _count(model, anatomy)
+    report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
+    return report, provenance
+
+
+def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
+    """Survey, or take up what an interrupted run had decided."""
+    kept = resume.decisions
+    if kept is None:
+        method.survey(session)
+        resume.keep_decisions(
+            {"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone}
+        )
+    else:
+        method.restore(kept["method"])
+        session.notes.update(kept["notes"])
+        session.left_alone.extend(kept["left_alone"])
+
+
+def _attach(
+    model: PreTrainedModel, recipe: CompressionConfig, report: CompressionReport, provenance: dict[str, Any]
+) -> None:
+    """The report, and, if any module of ours is in the model, the quantizer that saves and loads it."""
+    from ..quantizer import CompressedModelConfig, CompressionQuantizer
+
+    model.compression_report = report
+    model.name_or_path = model.config.name_or_path = ""
+    if not layout_of(model):
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)
+        return
+    stored = CompressedModelConfig(
+        recipe=recipe.to_dict(), layout=layout_of(model), provenance={**provenance, "report": report.to_dict()}
+    )
+    CompressionQuantizer(stored, pre_quantized=True).attach(model)
+
+
+def _calibration_for(stage: MethodConfig, recipe: CompressionConfig, override: Any) -> CalibrationConfig | None:
+    if override is not None:
+        return override if isinstance(override, CalibrationConfig) else CalibrationConfig(override)
+    return stage.calibration or recipe.calibration
+
+
+def _load_data(
+    model: PreTrainedModel,
+    method: Method[Any, Any],
+    source: CalibrationConfig | None,
+    processing_class: Any,
+    load_arguments: dict[str, Any],
+    base: str,
+) -> CalibrationData | None:
+    if not method.needs_calibration:
+        return None
+    assert source is not None
+    if processing_class is None and _reads_texts(source):
+        processing_class = _load_processing_class(base, load_arguments)
+    config = text_config(model)
+    return load_calibration_data(
+        source,
+        processing_class,
+        vocab_size=config.vocab_size,
+        max_length=getattr(config, "max_position_embeddings", None),
+        token=load_arguments.get("token"),
+        cache_dir=load_arguments.get("cache_dir"),
+    )
+
+
+def _reads_texts(source: CalibrationConfig) -> bool:
+    if source.kind == "mixture":
+        return any(_reads_texts(part) for part in source.dataset)
+    return source.data_collator is None and source.kind != "tokens"
+
+
+def _load_processing_class(base: str, load_arguments: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, **load_arguments)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"the calibration texts need a tokenizer and none could be loaded from {base!r} ({error}). "
+            "Pass processing_class=tokenizer to compress(), or calibrate on token ids."
+        ) from error
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a model's name may stand in a published file: a path of this machine may not."""
+    return name.count("/") <= 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
+
+
+def _require_dense(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"expected a Transformers model (PreTrainedModel), got {type(model).__name__}. "
+            "Compress before wrapping: first compress(model), then PEFT, DDP or compile."
+        )
+    if layout_of(model):
+        raise ConfigurationError(
+            "the model is compressed already, and a second compression on top of the first is not supported. "
+            "Compress the dense original with the recipe that you want."
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and type(quantizer).__module__.split(".")[0] != __name__.split(".")[0]:
+        method = quantizer.quantization_config.quant_method
+        raise ConfigurationError(
+            f"the model is quantized with {getattr(method, 'value', method)}; its weights are not plain matrices. "
+            "Load the original in float32 or bfloat16 and compress that."
+        )
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None:
+        raise UnsupportedModelError(
+            f"{meta!r} is on the meta device: the model is offloaded or has no weights. Load it whole with "
+            "device_map=None or onto devices that hold it."
+        )
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate() and _is_encoder(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no decoder-only language model; only those are supported so far."
+        )
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    return not getattr(text_config(model), "is_decoder", True) and hasattr(model.base_model, "encoder")
+
+
+def _require_finite_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
+
+
+def _count(model: nn.Module, anatomy: ModelAnatomy) -> tuple[int, int, int]:
+    """Elements of the blocks' matrices, parameters of the model (tied once), and the parameters' bytes."""
+    parameters = list(model.parameters())
+    matrices = sum(
+        parameter.numel()
+        for path in anatomy.block_paths
+        for parameter in model.get_submodule(path).parameters()
+        if parameter.dim() == 2
+    )
+    return matrices, sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

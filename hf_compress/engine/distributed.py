@@ -1,0 +1,55 @@
+"""Several processes under `accelerate launch`: one compresses, the others receive the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from ..errors import CompressionError
+from ..layout import layout_of, replay
+from .report import CompressionReport
+
+Outcome = tuple[CompressionReport, dict[str, Any]]
+
+
+def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
+    """Call `run` on the main process and give every process its result and the replaced modules' tensors.
+
+    The other processes wait; none compresses a copy of its own. An error of the main process is raised on all.
+    """
+    if not torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return run()
+    state = PartialState()
+    if state.num_processes == 1:
+        return run()
+    message: list[Any] = [None]
+    failure: BaseException | None = None
+    if state.is_main_process:
+        try:
+            outcome = run()
+            message = [("done", outcome, layout_of(model))]
+        except Exception as error:  # sent on, and raised below on every process
+            failure = error
+            message = [("failed", f"{type(error).__name__}: {error}")]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if message[0][0] == "failed":
+        raise CompressionError(f"compression failed on the main process: {message[0][1]}")
+    _, outcome, layout = message[0]
+    if not state.is_main_process and layout:
+        replay(model, layout)
+    _broadcast(model, [entry["path"] for entry in layout])
+    result: Outcome = outcome
+    return result
+
+
+def _broadcast(model: nn.Module, paths: list[str]) -> None:
+    for path in paths:
+        for tensor in model.get_submodule(path).state_dict(keep_vars=True).values():
+            torch.distributed.broadcast(tensor.detach(), src=0)

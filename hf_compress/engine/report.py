@@ -1,0 +1,95 @@
+"""What was done to every module, and what it brought."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One compressed part of a block.
+
+    Args:
+        block: index of the block.
+        path: module path.
+        kind: "mlp", "query_key" or "value_output" (other methods: their own kinds).
+        size_before, size_after: the size that was reduced: MLP width, or dimensions a head.
+        parameters_before, parameters_after: of the kind's matrices and biases in this block.
+        error: relative squared error of the part's output on the calibration data (of the logits for query/key).
+    """
+
+    block: int
+    path: str
+    kind: str
+    size_before: int
+    size_after: int
+    parameters_before: int
+    parameters_after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """Per module and in total. `print` shows a table; `to_dict` gives plain JSON.
+
+    Args:
+        modules: one row a compressed part.
+        block_linear_before, block_linear_after: elements of the blocks' weight matrices, what `reduction` counts.
+        parameters_before, parameters_after: of the whole model, tied ones once.
+        bytes_before, bytes_after: of all parameters in memory.
+        notes: choices that were made from data, e.g. the probe's losses.
+        left_alone: what was not compressed and why.
+    """
+
+    modules: list[ModuleReport]
+    block_linear_before: int
+    block_linear_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    notes: dict[str, Any] = field(default_factory=dict)
+    left_alone: list[str] = field(default_factory=list)
+
+    @property
+    def block_linear_reduction(self) -> float:
+        """Removed share of the blocks' weight matrices."""
+        return 1 - self.block_linear_after / self.block_linear_before
+
+    @property
+    def parameter_reduction(self) -> float:
+        """Removed share of all parameters."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "block_linear_reduction": self.block_linear_reduction,
+            "parameter_reduction": self.parameter_reduction,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionReport:
+        """The report that `to_dict` wrote; fields of later versions are left out."""
+        known = {item.name for item in fields(cls)}
+        kept = {name: value for name, value in data.items() if name in known}
+        return cls(**{**kept, "modules": [ModuleReport(**row) for row in data["modules"]]})
+
+    def __str__(self) -> str:
+        header = f"{'block':>5}  {'kind':<13} {'size':>13}  {'parameters':>23}  {'error':>8}"
+        lines = [header, "-" * len(header)]
+        for row in self.modules:
+            size = f"{row.size_before} → {row.size_after}"
+            parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
+            lines.append(f"{row.block:>5}  {row.kind:<13} {size:>13}  {parameters:>23}  {row.error:>8.4f}")
+        lines.append("-" * len(header))
+        for name, before, after in (
+            ("block matrices", self.block_linear_before, self.block_linear_after),
+            ("all parameters", self.parameters_before, self.parameters_after),
+            ("bytes in memory", self.bytes_before, self.bytes_after),
+        ):
+            lines.append(f"{name:<16} {before:>15,} → {after:>15,}  ({after / before - 1:+.1%})")
+        lines += [f"{name}: {value}" for name, value in self.notes.items()]
+        lines += [f"left alone: {reason}" for reason in self.left_alone]
+        return "\n".join(lines)

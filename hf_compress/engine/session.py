@@ -1,0 +1,128 @@
+"""What one stage of a compression works with, and the contract between the engine and a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..anatomy import ModelAnatomy
+from ..configuration import MethodConfig
+from .blocks import Batch, BlockStream
+from .report import ModuleReport
+
+ConfigType = TypeVar("ConfigType", bound=MethodConfig)
+StatisticsType = TypeVar("StatisticsType")
+
+
+@dataclass
+class Session:
+    """One stage on one model.
+
+    Args:
+        anatomy: the model and where its parts are.
+        batches: calibration batches.
+        held_out: batches of the same source that are never calibrated on, for choices such as temperatures.
+        working_directory: where resume points go; `None` for none.
+        notes: choices that were made from data, for the report.
+        left_alone: what the method did not compress and why.
+    """
+
+    anatomy: ModelAnatomy
+    batches: list[Batch]
+    held_out: list[Batch]
+    working_directory: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    left_alone: list[str] = field(default_factory=list)
+
+    def progress(self, items: range, description: str) -> Any:
+        """A progress bar over blocks, on the first process only."""
+        return tqdm(items, desc=description, unit="block", leave=False, disable=None)
+
+    def stream(self, batches: list[Batch]) -> BlockStream:
+        return BlockStream(self.anatomy, batches)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a method will do, known before it sees data: weights removed, and bytes of one block's statistics."""
+
+    removed_weights: int
+    statistics_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """New modules for one block, by path, and their rows in the report."""
+
+    modules: dict[str, nn.Module]
+    rows: list[ModuleReport]
+
+
+class Method(ABC, Generic[ConfigType, StatisticsType]):
+    """A compression method. It decides and computes; the engine runs the model, replaces, saves and reports."""
+
+    config_class: ClassVar[type[MethodConfig]]
+    #: Whether the method looks at data at all; without, `compress` needs no calibration.
+    needs_calibration: bool = True
+    #: Whether a block's inputs come from the blocks compressed before it rather than from the dense model.
+    sequential: bool = False
+
+    def __init__(self, config: ConfigType, anatomy: ModelAnatomy) -> None:
+        """Check the recipe against the model, before any data is read. Raises `ConfigurationError`."""
+        self.config = config
+        self.anatomy = anatomy
+
+    @abstractmethod
+    def expect(self) -> Expectation:
+        """The sizes that the recipe leads to, without data."""
+
+    def survey(self, session: Session) -> None:
+        """One cheap pass for what must be known of all blocks before the first is touched; then allocate."""
+
+    @abstractmethod
+    def decisions(self) -> dict[str, Any]:
+        """What the survey decided, as plain JSON: kept with the resume point."""
+
+    @abstractmethod
+    def restore(self, decisions: dict[str, Any]) -> None:
+        """Take up the decisions of an interrupted run instead of surveying again."""
+
+    @abstractmethod
+    def collect(self, block: int) -> AbstractContextManager[StatisticsType]:
+        """Gather the statistics of a block while the engine runs it within the context."""
+
+    def observe(self, statistics: StatisticsType, output: Tensor, dense_output: Tensor) -> None:
+        """In sequential order, see a batch's output of the block beside what the dense model has at this place."""
+
+    @abstractmethod
+    def compress_block(self, block: int, statistics: StatisticsType) -> BlockResult:
+        """The new modules of a block. The dense ones are still in place. Raises `NumericalError`."""
+
+    def finish(self) -> None:
+        """What is left for the whole model after the last block of the last stage; runs on every process."""
+
+
+@contextmanager
+def placed(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place for the time of the context."""
+    before = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in before.items():
+            model.set_submodule(path, module)
+
+
+def weights_of(module: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias without gradients."""
+    return module.weight.detach(), None if module.bias is None else module.bias.detach()

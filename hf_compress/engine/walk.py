@@ -1,0 +1,71 @@
+"""Block by block: run, collect, compress, replace, report, keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .blocks import require_finite
+from .report import ModuleReport
+from .resume import ResumePoint
+from .session import BlockResult, Method, Session
+
+
+def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> list[ModuleReport]:
+    """Compress all blocks in order and return the report's rows.
+
+    In dense order every block sees what the dense model would show it. In sequential order it sees the output of the
+    blocks compressed before it, and a second, dense stream runs along so that a method may pull the residual stream
+    back towards the dense one. Finished blocks of an interrupted run are loaded; the activations before the first
+    unfinished one are recomputed.
+    """
+    anatomy, rows = session.anatomy, list[ModuleReport]()
+    blocks = range(len(anatomy))
+    if not method.needs_calibration:
+        return rows
+    pending = [block for block in blocks if not resume.has(block)]
+    last_pending = pending[-1] if pending else -1
+    stream = session.stream(session.batches if pending else [])
+    dense = stream.copy() if method.sequential else None
+    for block in session.progress(blocks, "compress"):
+        outputs: list[Tensor] = []
+        dense_outputs: list[Tensor] | None = None
+        if block <= last_pending and dense is not None:
+            dense_outputs = [dense.run(block, batch) for batch in range(len(dense))]
+            dense.hidden = dense_outputs
+        if resume.has(block):
+            if block < last_pending and not method.sequential:
+                outputs = [stream.run(block, batch) for batch in range(len(stream))]
+            result = resume.load(block, anatomy.model)
+        else:
+            with method.collect(block) as statistics:
+                for batch in range(len(stream)):
+                    output = stream.run(block, batch)
+                    require_finite(output, f"output of {anatomy.block_paths[block]!r}")
+                    if dense_outputs is not None:
+                        method.observe(statistics, output, dense_outputs[batch])
+                    else:
+                        outputs.append(output)
+            result = method.compress_block(block, statistics)
+            resume.keep(block, result)
+        _install(session, result)
+        rows.extend(result.rows)
+        if block < last_pending:
+            if method.sequential:
+                stream.advance(block)
+            else:
+                stream.hidden = outputs
+    return rows
+
+
+def _install(session: Session, result: BlockResult) -> None:
+    model = session.anatomy.model
+    for path, module in result.modules.items():
+        old = model.get_submodule(path)
+        reference = next(old.parameters())
+        module.to(reference.device)
+        module.train(old.training)
+        for parameter in module.parameters():
+            parameter.requires_grad_(reference.requires_grad and parameter.is_floating_point())
+        model.set_submodule(path, module)

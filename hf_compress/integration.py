@@ -1,0 +1,128 @@
+"""The only wrappers round Transformers: small, idempotent, reversible, acting only where our recipes or models are."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
+from .errors import ConfigurationError
+
+# Arguments of from_pretrained that an implicit load of the tokenizer has to share.
+_SHARED_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "gguf_file")
+_LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments", default=None)
+
+
+def current_load_arguments() -> dict[str, Any]:
+    """Where the model now being loaded comes from: the arguments that its tokenizer is loaded with."""
+    return _LOAD_ARGUMENTS.get() or {}
+
+
+@contextmanager
+def _load_arguments(arguments: dict[str, Any]) -> Iterator[None]:
+    token = _LOAD_ARGUMENTS.set(arguments)
+    try:
+        yield
+    finally:
+        _LOAD_ARGUMENTS.reset(token)
+
+
+def install() -> None:
+    """Wrap `PreTrainedModel.from_pretrained` and `save_pretrained`; a second call changes nothing."""
+    if hasattr(PreTrainedModel.from_pretrained, "_hf_compress_original"):
+        return
+    from_pretrained = PreTrainedModel.__dict__["from_pretrained"]
+    save_pretrained = PreTrainedModel.__dict__["save_pretrained"]
+    PreTrainedModel.from_pretrained = classmethod(_marked(_from_pretrained, from_pretrained.__func__, from_pretrained))
+    PreTrainedModel.save_pretrained = _marked(_save_pretrained, save_pretrained, save_pretrained)
+
+
+def uninstall() -> None:
+    """Undo `install`."""
+    for name in ("from_pretrained", "save_pretrained"):
+        original = getattr(getattr(PreTrainedModel, name), "_hf_compress_original", None)
+        if original is not None:
+            setattr(PreTrainedModel, name, original)
+
+
+def _marked(wrapper: Callable[..., Any], function: Callable[..., Any], original: Any) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(function, *args, **kwargs)
+
+    wrapped._hf_compress_original = original  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _from_pretrained(
+    original: Callable[..., Any], cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    recipe = kwargs.pop("compression_config", None)
+    if recipe is not None:
+        if kwargs.get("quantization_config") is not None:
+            raise ConfigurationError(
+                "give either compression_config or quantization_config, not both. Several methods go into one "
+                "CompressionConfig(stages=[...])."
+            )
+        recipe = CompressionConfig.wrap(recipe)
+    elif isinstance(kwargs.get("quantization_config"), (CompressionConfig, MethodConfig)):
+        recipe = CompressionConfig.wrap(kwargs.pop("quantization_config"))
+    if recipe is None:
+        return original(cls, name, *args, **kwargs)
+
+    shared = {key: kwargs[key] for key in _SHARED_ARGUMENTS if kwargs.get(key) is not None}
+    _refuse_compressed(name, kwargs.get("config"), shared)
+    if shared.get("gguf_file"):
+        return _from_gguf(original, cls, name, args, kwargs, recipe, shared)
+    with _load_arguments(shared):
+        return original(cls, name, *args, quantization_config=recipe, **kwargs)
+
+
+def _refuse_compressed(name: Any, config: Any, shared: dict[str, Any]) -> None:
+    """Stop before Transformers, which would ignore the recipe with a warning."""
+    if config is None and name is not None and not shared.get("gguf_file"):
+        config = AutoConfig.from_pretrained(name, **shared)
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if method == QUANT_METHOD:
+        raise ConfigurationError(
+            f"{name!r} is compressed already, and a second compression on top of the first is not supported. Load it "
+            "without compression_config, or compress its dense original with the recipe that you want."
+        )
+
+
+def _from_gguf(
+    original: Callable[..., Any],
+    cls: type[PreTrainedModel],
+    name: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recipe: CompressionConfig,
+    shared: dict[str, Any],
+) -> Any:
+    """Transformers refuses a GGUF file together with a quantization: load it dequantized, then compress."""
+    from transformers import GgufConfig
+
+    from .engine.compress import compress
+
+    model = original(cls, name, *args, quantization_config=GgufConfig(dequantize=True), **kwargs)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return compress(model, recipe, load_arguments=shared)
+
+
+def _save_pretrained(
+    original: Callable[..., Any], model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
+    result = original(model, save_directory, *args, **kwargs)
+    stored = getattr(model.config, "quantization_config", None)
+    if getattr(stored, "quant_method", None) == QUANT_METHOD and not getattr(model, "_hf_peft_config_loaded", False):
+        # An adapter trained on this model must name the compressed checkpoint, not the dense base.
+        model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
+    return result

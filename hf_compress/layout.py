@@ -1,0 +1,163 @@
+"""The layout: which modules were replaced, by what. It is the file format of a compressed checkpoint.
+
+An entry is `{"path", "type", "spec"}`: a module path, a registered module type and a small JSON spec. Everything that
+is an array is a named tensor in safetensors. Every module type keeps one contract, [`CompressedModule`].
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@runtime_checkable
+class CompressedModule(Protocol):
+    """What a module type must offer.
+
+    The main tensor is named `weight` (its own or a child's) and has another shape than in the dense model, so that
+    plain Transformers without this package stops with a size mismatch instead of filling in random weights.
+    """
+
+    layout_type: ClassVar[str]
+
+    def spec(self) -> dict[str, Any]:
+        """Plain JSON from which `from_spec` rebuilds the module's structure."""
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> nn.Module:
+        """Build the module in place of `dense` on the same device, tensors uninitialised.
+
+        Raises `ValueError` (or `KeyError`, `TypeError`) for a spec that does not fit `dense`, before it takes memory.
+        """
+
+    def dequantize(self, dense: nn.Module) -> dict[str, torch.Tensor]:
+        """The state dict of the dense module (given on meta) that computes the same function."""
+
+
+ModuleType = TypeVar("ModuleType", bound=type)
+_MODULE_TYPES: dict[str, type[Any]] = {}
+
+
+def register_module_type(cls: ModuleType) -> ModuleType:
+    """Class decorator: make a module type known to the layout under its `layout_type`."""
+    _MODULE_TYPES[cls.layout_type] = cls
+    return cls
+
+
+def layout_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Derive the layout from a live model: parents before children, nothing inside a parent that rebuilds it."""
+    entries: list[dict[str, Any]] = []
+    for path, module in model.named_modules():
+        if type(module) in _MODULE_TYPES.values():
+            entries.append(layout_entry(path, module))
+    return entries
+
+
+def layout_entry(path: str, module: Any) -> dict[str, Any]:
+    """The layout's line for one compressed module."""
+    return {"path": path, "type": module.layout_type, "spec": module.spec()}
+
+
+def replay(model: nn.Module, layout: list[dict[str, Any]]) -> None:
+    """Rebuild the structure that a layout describes on a dense skeleton, usually on the meta device.
+
+    Raises:
+        CheckpointError: an entry that is malformed, names an unknown type or module, or does not fit the module.
+    """
+    if not isinstance(layout, list) or not layout:
+        raise CheckpointError("the checkpoint's quantization_config has no `layout`: it is damaged. Compress again.")
+    for entry in layout:
+        _check_entry(entry)
+        path = entry["path"]
+        try:
+            dense = model.get_submodule(path)
+        except AttributeError:
+            raise CheckpointError(
+                f"the layout replaces {path!r}, which {type(model).__name__} does not have. "
+                "The config and the layout belong to different models."
+            ) from None
+        model.set_submodule(path, build_module(dense, entry))
+
+
+def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
+    """The module that a layout entry describes, in place of `dense`. Raises `CheckpointError` if it does not fit."""
+    try:
+        module: nn.Module = _MODULE_TYPES[entry["type"]].from_spec(dense, entry["spec"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"missing field {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"layout entry of {entry['path']!r} ({entry['type']}): {detail}.") from error
+    return module
+
+
+def _check_entry(entry: Any) -> None:
+    if not isinstance(entry, dict) or set(entry) != {"path", "type", "spec"}:
+        raise CheckpointError(f"a layout entry must have exactly `path`, `type` and `spec`, got {entry!r}.")
+    path, kind, spec = entry["path"], entry["type"], entry["spec"]
+    if not isinstance(path, str) or not path or not isinstance(spec, dict):
+        raise CheckpointError(f"layout entry {entry!r}: `path` must be a module path and `spec` an object.")
+    if not isinstance(kind, str) or kind not in _MODULE_TYPES:
+        raise CheckpointError(
+            f"layout entry of {path!r} has module type {kind!r}, which this version of hf_compress does not know "
+            f"(known: {sorted(_MODULE_TYPES)}). Update hf_compress if the checkpoint is newer."
+        )
+
+
+def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:
+    """An integer field of a spec within 1 to `largest`. Raises `ValueError` with both numbers."""
+    value = spec[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ValueError(f"`{name}` must be an integer from 1 to {largest}, got {value!r}")
+    return value
+
+
+@register_module_type
+class ResizedLinear(nn.Linear):
+    """An `nn.Linear` with fewer inputs or outputs than the dense model's; the kept channels stand in front.
+
+    It stays a plain linear layer for PEFT, exporters and kernels: only its class tells the layout what it is.
+    """
+
+    layout_type: ClassVar[str] = "linear"
+
+    def spec(self) -> dict[str, Any]:
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> ResizedLinear:
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
+        return nn.utils.skip_init(
+            cls,
+            checked_size(spec, "in_features", dense.in_features),
+            checked_size(spec, "out_features", dense.out_features),
+            bias=dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+
+    @classmethod
+    def from_tensors(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> ResizedLinear:
+        """A layer that owns `weight` (out_features, in_features) and `bias` (out_features,)."""
+        module = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.is_floating_point())
+        if bias is not None:
+            module.bias = nn.Parameter(bias.contiguous())
+        return module
+
+    def dequantize(self, dense: nn.Module) -> dict[str, torch.Tensor]:
+        """Zero rows and columns for the removed channels: an MLP with them computes the same function."""
+        assert isinstance(dense, nn.Linear)
+        weight = self.weight.new_zeros(dense.weight.shape)
+        weight[: self.out_features, : self.in_features] = self.weight
+        state = {"weight": weight}
+        if self.bias is not None:
+            bias = self.bias.new_zeros(dense.out_features)
+            bias[: self.out_features] = self.bias
+            state["bias"] = bias
+        return state

@@ -1,0 +1,195 @@
+"""Modular decomposition in closed form: tensors in, tensors out.
+
+Source: C.-H. Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", arXiv 2408.09632,
+ICLR 2025. Notation of the paper: rows are tokens, `y = x W`; linear layers of PyTorch store `Wᵀ`. Everything is
+float64. Grams are sums over calibration tokens, `C = Σ HᵀH`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...errors import NumericalError
+
+# Eigenvalues below this share of the largest one carry no signal in float64 sums of float32 products.
+EIGENVALUE_FLOOR = 1e-10
+# A ridge that still fails is raised tenfold, this many times, before the factorisation counts as failed.
+RIDGE_ATTEMPTS = 5
+
+
+def ridge_cholesky(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
+    """Cholesky factor of `C + λI`, `λ = ridge · mean(diag C)`; the ridge grows tenfold while it fails.
+
+    A relative ridge keeps its meaning when the number of calibration tokens changes.
+
+    Raises:
+        NumericalError: non-finite input, a Gram that is zero, or failure after `RIDGE_ATTEMPTS` larger ridges.
+    """
+    scale = gram.diagonal().mean()
+    if not torch.isfinite(scale):
+        raise NumericalError("the Gram matrix holds non-finite values")
+    if scale <= 0:
+        raise NumericalError("the Gram matrix is zero: the calibration data never reaches this module")
+    for attempt in range(RIDGE_ATTEMPTS):
+        shifted = gram.clone()
+        shifted.diagonal().add_(max(ridge, 1e-12) * 10**attempt * scale)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if info.item() == 0:
+            return factor
+    raise NumericalError(
+        f"the Gram matrix is not positive definite, even with a ridge of {ridge * 10 ** (RIDGE_ATTEMPTS - 1):.1e} "
+        "of its mean diagonal"
+    )
+
+
+def ridge_leverage_scores(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, " n"]:
+    """`s_i = [C (C + λI)⁻¹]_ii = 1 − λ [(C + λI)⁻¹]_ii` (MoDeGPT, Algorithm 1): the paper's score of a channel."""
+    inverse = torch.cholesky_inverse(ridge_cholesky(gram, ridge))
+    return 1 - ridge * gram.diagonal().mean() * inverse.diagonal()
+
+
+def output_error_scores(
+    gram: Float[Tensor, "n n"], down: Float[Tensor, "n d_model"], ridge: float
+) -> Float[Tensor, " n"]:
+    """`s_i = ‖W_d[i]‖² / [(C + λI)⁻¹]_ii`: the output error of removing channel i alone and refitting `W_d`.
+
+    This is the Optimal Brain Surgeon saliency (Hassibi & Stork, 1993) of a row of `W_d`. Unlike the leverage score it
+    knows how strongly the block listens to the channel.
+    """
+    inverse = torch.cholesky_inverse(ridge_cholesky(gram, ridge))
+    return down.square().sum(dim=1) / inverse.diagonal()
+
+
+def nystrom_refit(
+    gram: Float[Tensor, "n n"],
+    kept: Int[Tensor, " k"],
+    down: Float[Tensor, "n d_model"],
+    ridge: float,
+    drift: Float[Tensor, "n d_model"] | None = None,
+) -> Float[Tensor, "k d_model"]:
+    """`W_d' = (Sᵀ C S)⁻¹ Sᵀ C W_d` (MoDeGPT, Type I): the least-squares optimum for the kept channels.
+
+    The ridge is put on `C` as a whole, so that a solution that keeps every channel is `W_d` itself. With `drift`,
+    `Σ Hᵀ D`, the target is `H W_d + D`: the block also makes up for what the residual stream has lost before it.
+    """
+    shift = ridge * gram.diagonal().mean()
+    factor = ridge_cholesky(gram[kept][:, kept], ridge)
+    target = gram[kept] @ down + shift * down[kept]
+    if drift is not None:
+        target = target + drift[kept]
+    return torch.cholesky_solve(target, factor)
+
+
+def nystrom_relative_error(
+    gram: Float[Tensor, "n n"],
+    kept: Int[Tensor, " k"],
+    down: Float[Tensor, "n d_model"],
+    refitted: Float[Tensor, "k d_model"],
+) -> float:
+    """`‖H W_d − H S W_d'‖² / ‖H W_d‖²`, from the Gram alone."""
+    difference = down.clone()
+    difference[kept] -= refitted
+    total = (down * (gram @ down)).sum()
+    return float((difference * (gram @ difference)).sum() / total) if total > 0 else 0.0
+
+
+def symmetric_roots(gram: Float[Tensor, "*heads d d"]) -> tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d d"]]:
+    """`C^{1/2}` and its pseudo-inverse from one eigendecomposition, eigenvalues below a relative floor left out.
+
+    Raises:
+        NumericalError: non-finite input or an eigensolver that does not converge.
+    """
+    if not torch.isfinite(gram).all():
+        raise NumericalError("the Gram matrix holds non-finite values")
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"the eigendecomposition of the Gram matrix failed: {error}") from error
+    alive = values > EIGENVALUE_FLOOR * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
+    root = torch.where(alive, values, 0).sqrt()
+    inverse = torch.where(alive, 1 / root, 0)
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+
+
+def leading_subspace(symmetric: Float[Tensor, "*heads d d"], rank: int) -> Float[Tensor, "*heads d rank"]:
+    """Eigenvectors of the `rank` largest eigenvalues, largest first."""
+    return torch.linalg.eigh(symmetric)[1].flip(-1)[..., :rank]
+
+
+def value_output_joint(
+    gram: Float[Tensor, "heads d d"], outputs: Float[Tensor, "heads d group_times_d_model"], rank: int
+) -> tuple[Float[Tensor, "heads d rank"], Float[Tensor, "heads rank d"]]:
+    """Value/output SVD (MoDeGPT, Type III), joint over the query heads that share a value head.
+
+    With `G = W_Vᵀ C W_V`, the Gram of the values, `C^{1/2} W_V` equals an isometry times `G^{1/2}`: the paper's two
+    SVDs of `d_model`-sized matrices reduce to one of `G^{1/2} [W_O¹ … W_O^g] = U Σ Vᵀ` with head-sized left side, and
+    no inverse of `C` is needed. `W_V' = W_V · encode`, `W_O' = decode · W_O`, optimal for the summed error.
+
+    Args:
+        gram: of the values without bias, one matrix a key/value head.
+        outputs: the output matrices of a group's query heads side by side.
+
+    Returns:
+        `encode = G^{-1/2} U_k` and `decode = U_kᵀ G^{1/2}`.
+    """
+    root, inverse = symmetric_roots(gram)
+    weighted = root @ outputs
+    basis = leading_subspace(weighted @ weighted.mT, rank)
+    return inverse @ basis, basis.mT @ root
+
+
+def value_output_per_head(
+    gram: Float[Tensor, "heads d d"], rank: int
+) -> tuple[Float[Tensor, "heads d rank"], Float[Tensor, "heads rank d"]]:
+    """The paper's variant under grouped heads: the subspace of `C^{1/2} W_V` alone, blind to the outputs."""
+    basis = leading_subspace(gram, rank)
+    return basis, basis.mT
+
+
+def query_key_svd(
+    query_gram: Float[Tensor, "heads d d"], key_gram: Float[Tensor, "heads d d"], rank: int
+) -> tuple[Float[Tensor, "heads d rank"], Float[Tensor, "heads d rank"]]:
+    """Low rank of `q kᵀ` where no rotary embedding stands between: `q' = q · first`, `k' = k · second`.
+
+    Minimises `Σ (qᵀk − q'ᵀk')²` over independent tokens, `‖G_Q^{1/2} (I − F Sᵀ) G_K^{1/2}‖²`, by an SVD of
+    `G_Q^{1/2} G_K^{1/2}`; biases are part of q and k and pass through. Better than the column selection of the
+    paper's Type II, which a rotary embedding forces.
+
+    Args:
+        query_gram: summed over the query heads that share a key head.
+        key_gram: centred: a constant added to all keys shifts every logit of a query alike and softmax ignores it.
+    """
+    root, inverse = symmetric_roots(key_gram)
+    basis = leading_subspace(root @ query_gram @ root, rank)
+    first, second = root @ basis, inverse @ basis
+    # The two factors may trade scale freely; equal energies keep both within the range of half precision.
+    query_energy = (first * (query_gram @ first)).sum(dim=-2).clamp_min(1e-300)
+    key_energy = (second * (key_gram @ second)).sum(dim=-2).clamp_min(1e-300)
+    balance = (key_energy / query_energy) ** 0.25
+    return first * balance[..., None, :], second / balance[..., None, :]
+
+
+def rotary_pair_scores(
+    query_energy: Float[Tensor, "heads d"], key_energy: Float[Tensor, "heads d"]
+) -> Float[Tensor, "heads pairs"]:
+    """CR score of a rotary pair (MoDeGPT, Type II): `(q_i² + q_{i+d/2}²)(k_i² + k_{i+d/2}²)`.
+
+    A rotation acts within a pair, so the score is the same before and after it, and the pair stays or goes as one.
+    """
+    half = query_energy.shape[-1] // 2
+    query = query_energy[:, :half] + query_energy[:, half:]
+    key = key_energy[:, :half] + key_energy[:, half:]
+    return query * key
+
+
+def rotary_pairs_to_dims(pairs: Int[Tensor, "heads kept"], head_dim: int) -> Int[Tensor, "heads two_kept"]:
+    """Dimensions of the kept pairs in the order that `rotate_half` expects: first halves, then second halves."""
+    return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
+
+
+def top_indices(scores: Float[Tensor, "*heads n"], count: int) -> Int[Tensor, "*heads count"]:
+    """Indices of the `count` largest scores in ascending order; ties go to the lower index on every device."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(dim=-1).values

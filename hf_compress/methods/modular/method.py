@@ -1,0 +1,188 @@
+"""Modular decomposition as the engine runs it: survey and allocate, then block by block."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import ModelAnatomy, text_config
+from ...calibration.statistics import cosine_distances
+from ...engine.blocks import take_tokens
+from ...engine.registry import register_method
+from ...engine.session import BlockResult, Expectation, Method, Session
+from ...errors import ConfigurationError
+from .compress import compress_block
+from .configuration import KINDS, Kind, ModularDecompositionConfig
+from .search import improve
+from .sizes import Geometry, Sizes, allocate, divide_between_kinds, kind_reductions
+from .statistics import BlockStatistics, collect_statistics
+from .trial import trial_losses
+
+# Tokens of the dense pass that measures the blocks' influence: it settles long before the Grams do.
+INFLUENCE_TOKENS = 16_384
+TEMPERATURES = (0.02, 0.035, 0.05, 0.08, 0.15)
+
+
+@register_method
+class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
+    """Nyström for MLPs, CR or SVD for query/key, SVD for value/output, sizes by block influence."""
+
+    config_class = ModularDecompositionConfig
+
+    def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
+        super().__init__(config, anatomy)
+        self.sequential = config.order == "sequential"
+        self.geometry = Geometry.of(anatomy, config)
+        self.sizes: Sizes = self.geometry.dense()
+        wanted = config.reduction if isinstance(config.reduction, float) else max(config.reduction.values())
+        self.needs_calibration = wanted > 0
+        if self.needs_calibration:
+            # Checked here so that an unreachable reduction stops before any data is read.
+            kind_reductions(self.geometry, config, self._kinds())
+        if config.portable:
+            self._check_portable()
+
+    def _kinds(self) -> list[Kind]:
+        """The kinds that may give."""
+        if self.config.portable:
+            return ["mlp"]
+        if self.config.kinds == "auto":
+            return self.geometry.kinds()
+        return [kind for kind in KINDS if kind in self.config.kinds]
+
+    def _check_portable(self) -> None:
+        field = self.anatomy.mlp.width_field
+        widths = {m.size for m in self.geometry.modules if m.kind == "mlp"}
+        blocks = sum(m.kind == "mlp" for m in self.geometry.modules)
+        if len(widths) != 1 or blocks != len(self.anatomy):
+            raise ConfigurationError(
+                f"portable=True needs one MLP width in all {len(self.anatomy)} blocks and all of them compressible; "
+                f"found widths {sorted(widths)} in {blocks} blocks. Leave `portable` out."
+            )
+        if not hasattr(text_config(self.anatomy.model), field):
+            raise ConfigurationError(f"portable=True: the model's config has no field {field!r} for the MLP width.")
+
+    def expect(self) -> Expectation:
+        geometry = self.geometry
+        sizes = allocate(geometry, kind_reductions(geometry, self.config, self._kinds()), None, self.config, 1.0)
+        width = max((m.size for m in geometry.modules if m.kind == "mlp"), default=0)
+        # The float64 Gram, its factor and its inverse.
+        return Expectation(geometry.removed(sizes), 3 * 8 * width**2)
+
+    def survey(self, session: Session) -> None:
+        config = self.config
+        session.left_alone.extend(self.geometry.left_alone)
+        if not self.needs_calibration:
+            return
+        influence = None if config.allocation == "uniform" or config.portable else block_influence(session)
+        if influence is not None:
+            session.notes["block_influence"] = [round(value, 4) for value in influence.tolist()]
+        temperature = 0.05 if config.temperature == "auto" else config.temperature
+        shares = self._shares(session, influence, temperature)
+        session.notes["kind_reductions"] = {kind: round(share, 4) for kind, share in shares.items()}
+        if config.temperature == "auto" and influence is not None:
+            temperature = self._choose_temperature(session, shares, influence)
+            session.notes["temperature"] = temperature
+        self.sizes = allocate(self.geometry, shares, influence, config, temperature)
+        if config.allocation == "search":
+            self.sizes = improve(session, config, self.geometry, self.sizes)
+        if config.portable:
+            self._one_width(shares["mlp"])
+
+    def _shares(self, session: Session, influence: torch.Tensor | None, temperature: float) -> dict[Kind, float]:
+        """What share of its weights each kind gives: from the recipe, or divided by a probe of every kind alone."""
+        config, kinds = self.config, self._kinds()
+        fixed = isinstance(config.reduction, dict) or config.kinds != "auto" or len(kinds) == 1
+        if fixed:
+            return kind_reductions(self.geometry, config, kinds)
+        assert isinstance(config.reduction, float)
+        self._require_held_out(session, 'kinds="auto"', 'name the kinds, e.g. kinds=["mlp"]')
+        probe = min(config.reduction, config.max_module_reduction)
+        candidates = [allocate(self.geometry, {kind: probe}, influence, config, temperature) for kind in kinds]
+        losses = trial_losses(session, config, [self.geometry.dense(), *candidates])
+        dense, alone = losses[0], dict(zip(kinds, losses[1:], strict=True))
+        session.notes["probe"] = {
+            "reduction_of_each_kind_alone": probe,
+            "dense_perplexity": round(math.exp(dense), 3),
+            **{kind: round(math.exp(loss), 3) for kind, loss in alone.items()},
+        }
+        return divide_between_kinds(self.geometry, alone, dense, config.reduction, config.max_module_reduction)
+
+    def _choose_temperature(self, session: Session, shares: dict[Kind, float], influence: torch.Tensor) -> float:
+        self._require_held_out(session, 'temperature="auto"', "give a number, e.g. temperature=0.05")
+        candidates = [allocate(self.geometry, shares, influence, self.config, t) for t in TEMPERATURES]
+        losses = trial_losses(session, self.config, candidates)
+        session.notes["temperature_trials"] = {
+            str(t): round(math.exp(loss), 3) for t, loss in zip(TEMPERATURES, losses, strict=True)
+        }
+        return TEMPERATURES[losses.index(min(losses))]
+
+    def _require_held_out(self, session: Session, option: str, way_out: str) -> None:
+        if not session.held_out or self.anatomy.model.get_output_embeddings() is None:
+            found = "no held-out sequences" if not session.held_out else f"{type(self.anatomy.model).__name__}"
+            raise ConfigurationError(
+                f"{option} measures the language-model loss on held-out calibration sequences, but there is {found}. "
+                f"Give more text and num_held_out of 1 or more, load the model with its head, or {way_out}."
+            )
+
+    def _one_width(self, share: float) -> None:
+        module = self.geometry.modules[0]
+        steps = round(module.size * (1 - share) / module.multiple)
+        width = min(max(steps, 1) * module.multiple, module.size)
+        for sizes in self.sizes:
+            sizes["mlp"] = width
+
+    def decisions(self) -> dict[str, Any]:
+        return {"sizes": self.sizes}
+
+    def restore(self, decisions: dict[str, Any]) -> None:
+        self.sizes = decisions["sizes"]
+
+    def _reduced(self, block: int) -> dict[Kind, int]:
+        """The new size of every kind of a block that gives something."""
+        modules = [m for m in self.geometry.modules if m.block == block]
+        return {m.kind: self.sizes[block][m.kind] for m in modules if self.sizes[block][m.kind] < m.size}
+
+    def collect(self, block: int) -> AbstractContextManager[BlockStatistics]:
+        return collect_statistics(self.anatomy, block, set(self._reduced(block)))
+
+    def observe(self, statistics: BlockStatistics, output: Tensor, dense_output: Tensor) -> None:
+        if self.anatomy.record.mlp is not None and self.anatomy.mlp.feeds_residual:
+            statistics.observe_drift(output, dense_output)
+
+    def compress_block(self, block: int, statistics: BlockStatistics) -> BlockResult:
+        return compress_block(self.anatomy, self.config, block, self._reduced(block), statistics)
+
+    def finish(self) -> None:
+        """In portable mode, turn the MLPs into the ones that the model's class builds by itself."""
+        if not self.config.portable or not self.needs_calibration:
+            return
+        model, field = self.anatomy.model, self.anatomy.mlp.width_field
+        for block in range(len(self.anatomy)):
+            for role in ("up", "gate", "down") if self.anatomy.mlp.gate else ("up", "down"):
+                path = self.anatomy.mlp_path(block, role)
+                resized = model.get_submodule(path)
+                plain = nn.Linear(resized.in_features, resized.out_features, bias=False, device="meta")
+                plain.weight, plain.bias = resized.weight, resized.bias
+                model.set_submodule(path, plain)
+            width = plain.in_features
+            owner = model.get_submodule(path.rpartition(".")[0])
+            if hasattr(owner, field):
+                setattr(owner, field, width)
+        setattr(text_config(model), field, width)
+
+
+def block_influence(session: Session) -> torch.Tensor:
+    """`s_i = 1 − E[cos(x_in, x_out)]` over the residual stream of a dense pass (MoDeGPT, section 3.3), (blocks,)."""
+    stream = session.stream(take_tokens(session.batches, INFLUENCE_TOKENS))
+    influence = torch.zeros(len(session.anatomy), dtype=torch.float64)
+    for block in session.progress(range(len(session.anatomy)), "survey"):
+        before = list(stream.hidden)
+        stream.advance(block)
+        parts = [cosine_distances(x, y) for x, y in zip(before, stream.hidden, strict=True)]
+        influence[block] = sum(part[0] for part in parts) / sum(part[1] for part in parts)
+    return influence

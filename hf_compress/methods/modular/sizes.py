@@ -1,0 +1,200 @@
+"""The sizes of every block's modules, their costs, and the exact budget over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...anatomy import ModelAnatomy
+from ...engine.exclusion import is_excluded
+from ...errors import ConfigurationError
+from .allocation import default_multiple, fill_to_cap, influence_reductions, realise
+from .configuration import KINDS, Kind, ModularDecompositionConfig
+
+WIDTH_MULTIPLE = 32
+HEAD_MULTIPLE = 8
+
+# Sizes of all blocks: for each block, the size of each kind that it has.
+Sizes = list[dict[Kind, int]]
+
+
+@dataclass(frozen=True)
+class ModuleGeometry:
+    """One module that can give: its dense size, the weights that one unit of size costs, the step of its sizes."""
+
+    block: int
+    kind: Kind
+    size: int
+    cost: int
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a model offers to modular decomposition.
+
+    Args:
+        modules: every module that can give, block by block.
+        block_linear: elements of all matrices of the blocks, whether they can give or not.
+        left_alone: why a module of some block cannot give.
+    """
+
+    modules: tuple[ModuleGeometry, ...]
+    block_linear: int
+    left_alone: tuple[str, ...]
+
+    @classmethod
+    def of(cls, anatomy: ModelAnatomy, config: ModularDecompositionConfig) -> Geometry:
+        modules: list[ModuleGeometry] = []
+        left_alone: list[str] = []
+        get = anatomy.model.get_submodule
+        total = 0
+        for path in anatomy.linear_paths():
+            matrix = get(path)
+            assert isinstance(matrix, nn.Linear)
+            total += matrix.in_features * matrix.out_features
+        for block in range(len(anatomy)):
+            for kind in KINDS:
+                part = _module(anatomy, config, block, kind)
+                if isinstance(part, str):
+                    left_alone.append(part)
+                elif part is not None:
+                    modules.append(part)
+        return cls(tuple(modules), total, tuple(left_alone))
+
+    def weights(self, kind: Kind | None = None) -> int:
+        """Weights of all modules that can give, of one kind if asked."""
+        return sum(m.size * m.cost for m in self.modules if kind in (None, m.kind))
+
+    def kinds(self) -> list[Kind]:
+        return [kind for kind in KINDS if self.weights(kind)]
+
+    def dense(self) -> Sizes:
+        sizes: Sizes = [{} for _ in range(1 + max((m.block for m in self.modules), default=-1))]
+        for module in self.modules:
+            sizes[module.block][module.kind] = module.size
+        return sizes
+
+    def removed(self, sizes: Sizes) -> int:
+        """Weights that the sizes save."""
+        return sum((m.size - sizes[m.block][m.kind]) * m.cost for m in self.modules)
+
+
+def _module(
+    anatomy: ModelAnatomy, config: ModularDecompositionConfig, block: int, kind: Kind
+) -> ModuleGeometry | str | None:
+    """A block's module of a kind; a reason if it cannot give; `None` if the family has no such module."""
+    get = anatomy.model.get_submodule
+    if kind == "mlp":
+        if anatomy.record.mlp is None:
+            return None
+        roles = ("up", "gate", "down") if anatomy.mlp.gate else ("up", "down")
+        paths = [anatomy.mlp_path(block, role) for role in roles]
+    else:
+        if anatomy.record.attention is None:
+            return None
+        roles = ("query", "key") if kind == "query_key" else ("value", "output")
+        paths = [anatomy.attention_path(block, role) for role in roles]
+    matrices = [get(path) for path in paths]
+    excluded = next((path for path in paths if is_excluded(path, config.modules_to_not_convert)), None)
+    if excluded is not None:
+        return f"{kind} of block {block}: {excluded!r} is in modules_to_not_convert"
+    weights = sum(matrix.weight.numel() for matrix in matrices)
+    if kind == "mlp":
+        size, wish = matrices[0].out_features, WIDTH_MULTIPLE
+    else:
+        attention = get(anatomy.attention_path(block))
+        size, wish = int(attention.head_dim), HEAD_MULTIPLE
+        rotary = anatomy.attention.rotary and (
+            anatomy.attention.rotary_flag is None or getattr(attention, anatomy.attention.rotary_flag)
+        )
+        if kind == "query_key" and anatomy.attention.query_norm and not rotary:
+            return f"query_key of block {block}: query/key norms without a rotary embedding"
+    multiple = config.rank_multiple or default_multiple(size, wish)
+    if kind == "query_key":
+        multiple += multiple % 2
+    return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))
+
+
+def kind_reductions(geometry: Geometry, config: ModularDecompositionConfig, kinds: Sequence[Kind]) -> dict[Kind, float]:
+    """The share of its own weights that each kind gives, where the recipe says so without a probe.
+
+    Raises:
+        ConfigurationError: the reduction is beyond what the kinds can give; the message says how far they reach.
+    """
+    if isinstance(config.reduction, dict):
+        shares = {kind: share for kind, share in config.reduction.items() if share > 0}
+    else:
+        available = sum(geometry.weights(kind) for kind in kinds)
+        wanted = config.reduction * geometry.block_linear
+        share = wanted / available if available else float("inf") if wanted else 0.0
+        shares = dict.fromkeys(kinds, share)
+    missing = [kind for kind in shares if not geometry.weights(kind)]
+    if missing:
+        raise ConfigurationError(f"the model has no module of kind {missing} that may be compressed.")
+    for kind, share in shares.items():
+        if share > config.max_module_reduction + 1e-9:
+            reach = config.max_module_reduction * sum(geometry.weights(k) for k in shares) / geometry.block_linear
+            raise ConfigurationError(
+                f"reduction={config.reduction} asks {kind!r} to give {share:.1%} of its weights, more than "
+                f"max_module_reduction={config.max_module_reduction}. With kinds={list(shares)} this model reaches "
+                f"reduction={reach:.3f}. Lower `reduction`, raise `max_module_reduction`, or add kinds."
+            )
+    return shares
+
+
+def allocate(
+    geometry: Geometry,
+    shares: dict[Kind, float],
+    influence: torch.Tensor | None,
+    config: ModularDecompositionConfig,
+    temperature: float,
+) -> Sizes:
+    """Sizes of every module: each kind's share spread over the blocks by influence (or evenly), the total exact."""
+    wanted: dict[tuple[int, Kind], float] = {}
+    for kind, share in shares.items():
+        modules = [m for m in geometry.modules if m.kind == kind]
+        if influence is None:
+            reductions = torch.full((len(modules),), share, dtype=torch.float64)
+        else:
+            own = influence[torch.tensor([m.block for m in modules])]
+            reductions = influence_reductions(own, share, temperature, config.max_module_reduction)
+        for module, reduction in zip(modules, reductions.tolist(), strict=True):
+            wanted[module.block, kind] = module.size * (1 - reduction)
+    return realise_sizes(geometry, wanted)
+
+
+def realise_sizes(geometry: Geometry, wanted: dict[tuple[int, Kind], float]) -> Sizes:
+    """Whole sizes for the wanted ones; modules that are not named stay dense."""
+    sizes = geometry.dense()
+    modules = [m for m in geometry.modules if (m.block, m.kind) in wanted]
+    if not modules:
+        return sizes
+    result = realise(
+        [wanted[m.block, m.kind] for m in modules],
+        [m.size for m in modules],
+        [m.multiple for m in modules],
+        [m.cost for m in modules],
+    )
+    for module, size in zip(modules, result, strict=True):
+        sizes[module.block][module.kind] = size
+    return sizes
+
+
+def divide_between_kinds(
+    geometry: Geometry, losses: dict[Kind, float], dense_loss: float, reduction: float, cap: float
+) -> dict[Kind, float]:
+    """Divide a reduction so that the kinds' expected losses add up to the least.
+
+    Each kind's extra loss is taken to grow with the square of its share `r`, `a r²`, with `a` from the probe, where
+    every kind gave the share `reduction` of its own weights. The least sum at a fixed total of weights has
+    `r ∝ weights / a`.
+    """
+    kinds = list(losses)
+    weights = torch.tensor([float(geometry.weights(kind)) for kind in kinds], dtype=torch.float64)
+    extra = torch.tensor([max(losses[kind] - dense_loss, 1e-4) for kind in kinds], dtype=torch.float64)
+    removed = fill_to_cap(weights.square() / extra, reduction * geometry.block_linear, cap * weights)
+    return {kind: float(r / w) for kind, r, w in zip(kinds, removed, weights, strict=True) if r > 0}

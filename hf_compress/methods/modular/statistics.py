@@ -1,0 +1,113 @@
+"""What modular decomposition measures of a block: Grams of the MLP's inner channels and of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...anatomy import ModelAnatomy
+from ...calibration.statistics import gram, head_grams
+from ...engine.blocks import real_tokens
+from .configuration import Kind
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over calibration tokens, float64.
+
+    Args:
+        mlp: Gram of the down projection's inputs, (width, width).
+        query: Gram of the queries, summed over the heads that share a key head, (kv_heads, d, d). After the norm,
+            before the rotary embedding, with bias.
+        key: the same of the keys; `key_sum` their sum, (kv_heads, d), over `key_tokens` tokens.
+        value: Gram of the values without bias, (kv_heads, d, d).
+        drift: in sequential order, `Σ Hᵀ (Y_dense − Y)`: what the down projection would have to add to bring the
+            residual stream back to that of the dense model, (width, d_model).
+    """
+
+    mlp: Float[Tensor, "width width"] | None = None
+    query: Float[Tensor, "heads d d"] | None = None
+    key: Float[Tensor, "heads d d"] | None = None
+    key_sum: Float[Tensor, "heads d"] | None = None
+    value: Float[Tensor, "heads d d"] | None = None
+    drift: Float[Tensor, "width d_model"] | None = None
+    key_tokens: int = 0
+    _inner: Float[Tensor, "tokens width"] | None = None
+
+    def add(self, name: str, value: Tensor) -> None:
+        before = getattr(self, name)
+        setattr(self, name, value if before is None else before + value)
+
+    def add_inner(self, inner: Float[Tensor, "tokens width"]) -> None:
+        """The inputs of the down projection for one batch."""
+        self.add("mlp", gram(inner))
+        self._inner = inner
+
+    def observe_drift(self, output: Tensor, dense_output: Tensor) -> None:
+        """After a batch: its output of the block beside the dense model's."""
+        if self._inner is not None:
+            drift = real_tokens(dense_output.float() - output.float())
+            self.add("drift", (self._inner.float().T @ drift).double())
+            self._inner = None
+
+
+@contextmanager
+def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> Iterator[BlockStatistics]:
+    """Attach hooks to the projections of a block for the kinds asked for; padding tokens are left out."""
+    statistics = BlockStatistics()
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def projection(path: str) -> nn.Linear:
+        module = anatomy.model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def on_output(path: str, add: Callable[[Tensor], None]) -> None:
+        module = anatomy.model.get_submodule(path)
+        handles.append(module.register_forward_hook(lambda _module, _inputs, output: add(output.detach())))
+
+    if "mlp" in kinds:
+        down = projection(anatomy.mlp_path(block, "down"))
+        handles.append(
+            down.register_forward_pre_hook(
+                lambda _module, inputs: statistics.add_inner(real_tokens(inputs[0].detach()))
+            )
+        )
+    if kinds & {"query_key", "value_output"}:
+        record, path = anatomy.attention, anatomy.attention_path(block)
+        head_dim = int(anatomy.model.get_submodule(path).head_dim)
+        key_heads = projection(anatomy.attention_path(block, "key")).out_features // head_dim
+
+        def heads(output: Tensor) -> Float[Tensor, "tokens heads d"]:
+            # A projection gives (…, heads · d), a norm over heads (batch, tokens, heads, d).
+            rows = output.flatten(start_dim=2) if output.dim() == 4 else output
+            return real_tokens(rows).unflatten(-1, (-1, head_dim))
+
+        def add_query(output: Tensor) -> None:
+            statistics.add("query", head_grams(heads(output)).unflatten(0, (key_heads, -1)).sum(dim=1))
+
+        def add_key(output: Tensor) -> None:
+            rows = heads(output)
+            statistics.add("key", head_grams(rows))
+            statistics.add("key_sum", rows.float().sum(dim=0).cpu().double())
+            statistics.key_tokens += len(rows)
+
+        def add_value(output: Tensor) -> None:
+            bias = projection(anatomy.attention_path(block, "value")).bias
+            statistics.add("value", head_grams(heads(output if bias is None else output - bias.detach())))
+
+        if "query_key" in kinds:
+            on_output(f"{path}.{record.query_norm or record.query}", add_query)
+            on_output(f"{path}.{record.key_norm or record.key}", add_key)
+        if "value_output" in kinds:
+            on_output(f"{path}.{record.value}", add_value)
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()

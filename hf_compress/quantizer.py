@@ -1,0 +1,156 @@
+"""The quantizer that Transformers calls: replays a layout before loading, compresses after loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .configuration import QUANT_METHOD, CompressionConfig
+from .engine.report import CompressionReport
+from .errors import CheckpointError, CompressionError
+from .integration import current_load_arguments
+from .layout import FORMAT_VERSION, layout_of, replay
+
+
+class CompressedModelConfig(QuantizationConfigMixin):
+    """What a compressed checkpoint's `config.json` holds under `quantization_config`.
+
+    Args:
+        format_version: of the layout and the tensors; a newer one than this package knows is refused.
+        recipe: what was done, the stages' configurations as JSON.
+        layout: the replaced modules; derived from the live model whenever it is saved.
+        provenance: what was measured and hashed: base, calibration data, versions, report. Unknown parts are kept.
+    """
+
+    def __init__(
+        self,
+        recipe: dict[str, Any] | None = None,
+        layout: list[dict[str, Any]] | None = None,
+        provenance: dict[str, Any] | None = None,
+        format_version: Any = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION or format_version < 1:
+            raise CheckpointError(
+                f"the checkpoint has format_version {format_version!r}, this hf_compress knows up to {FORMAT_VERSION}. "
+                "Update hf_compress to load it."
+            )
+        if unknown:
+            raise CheckpointError(f"unknown fields {sorted(unknown)} in the checkpoint's quantization_config.")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.recipe = recipe or {}
+        self.layout = layout or []
+        self.provenance = provenance or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "recipe": self.recipe,
+            "layout": self.layout,
+            "provenance": self.provenance,
+        }
+
+
+class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Serves `from_pretrained` for compressed checkpoints and for recipes given as `quantization_config`."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            # A recipe's dictionary or object; raises before any weight is read.
+            CompressionConfig.wrap(self.quantization_config)
+            device_map = kwargs.get("device_map")
+            if isinstance(device_map, dict) and {"disk", "meta"} & {str(device) for device in device_map.values()}:
+                raise CompressionError(
+                    "compressing a model that is offloaded to disk is not supported. Load it with device_map=None or "
+                    "onto devices that hold it; the compressed result can be offloaded."
+                )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            replay(model, self.quantization_config.layout)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            self.attach(model)
+            return model
+        from .engine.compress import compress
+
+        recipe = self.quantization_config
+        # From here on the model is dense and plain until `compress` attaches a quantizer for the result.
+        self.remove_quantization_config(model)
+        compress(model, recipe, load_arguments=current_load_arguments())
+        return model
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Make `model` a compressed one for Transformers: saved with its layout, trainable, castable."""
+        model.hf_quantizer = self
+        model.config.quantization_config = self.quantization_config
+        model.quantization_method = QUANT_METHOD
+        # Transformers refuses `.half()` and `.float()` where this is true; our tensors are cast like any others.
+        model.is_quantized = False
+        report = self.quantization_config.provenance.get("report")
+        if report is not None and not hasattr(model, "compression_report"):
+            model.compression_report = CompressionReport.from_dict(report)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called first in `save_pretrained`: the layout is derived afresh from what the model is now."""
+        stored = model.config.quantization_config
+        stored.layout = layout_of(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Dense modules of the original sizes in place of ours; the same function, without the savings."""
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        for entry in layout_of(model):
+            module, dense = model.get_submodule(entry["path"]), skeleton.get_submodule(entry["path"])
+            reference = next(module.parameters())
+            try:
+                state = module.dequantize(dense)  # type: ignore[operator]
+            except NotImplementedError as error:
+                raise CompressionError(f"{entry['path']}: {error}") from error
+            dense.to_empty(device=reference.device)
+            dense.load_state_dict(state)
+            model.set_submodule(entry["path"], dense.to(dtype or reference.dtype).train(module.training))
+        return model
+
+
+def register() -> None:
+    """Make the method known to Transformers; a second call changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressedModelConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether a model holds modules of ours."""
+    return bool(layout_of(model))
+
+
+__all__ = ["CompressedModelConfig", "CompressionQuantizer", "is_compressed", "register"]
