@@ -111,14 +111,13 @@ def _sentence(model: PreTrainedModel, tokenizer: Any) -> str:
     else:
         inputs = tokenizer(_PROMPT, return_tensors="pt")
     inputs = inputs.to(model.device)
-    greedy = GenerationConfig.from_dict({**model.generation_config.to_dict(), "do_sample": False, "num_beams": 1})
+    # The model's own settings, such as its end tokens, but greedy.
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": 48, "pad_token_id": pad}
+    settings = GenerationConfig.from_dict({**model.generation_config.to_dict(), **greedy})
     with torch.no_grad():
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            generation_config=greedy,
-            max_new_tokens=48,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
         )
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     text = answer.strip() if tokenizer.chat_template else f"{_PROMPT} {answer.strip()}"

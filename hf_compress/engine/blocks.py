@@ -99,15 +99,20 @@ class BlockStream:
     def run(self, index: int, batch: int) -> Float[Tensor, "batch tokens d"]:
         """Block `index` on the present hidden states of a batch; the stream itself does not move."""
         args, kwargs = self._arguments[batch][index]
+        with torch.no_grad(), self.text_positions(batch):
+            output = self.anatomy.block(index)(self.hidden[batch], *args, **kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    @contextmanager
+    def text_positions(self, batch: int) -> Iterator[None]:
+        """Within the context, `real_tokens` leaves out the padding of a batch."""
         mask = self.batches[batch].get("attention_mask")
         token = _TEXT_POSITIONS.set(None if mask is None or mask.all() else mask.bool().reshape(-1))
         try:
-            with torch.no_grad():
-                output = self.anatomy.block(index)(self.hidden[batch], *args, **kwargs)
+            yield
         finally:
             _TEXT_POSITIONS.reset(token)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
 
     def advance(self, index: int) -> None:
         """Move every batch through block `index`.

@@ -44,7 +44,8 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
                     output = stream.run(block, batch)
                     require_finite(output, f"output of {anatomy.block_paths[block]!r}")
                     if dense_outputs is not None:
-                        method.observe(statistics, output, dense_outputs[batch])
+                        with stream.text_positions(batch):
+                            method.observe(statistics, output, dense_outputs[batch])
                     else:
                         outputs.append(output)
             result = method.compress_block(block, statistics)

@@ -87,9 +87,9 @@ def realise(
     return sizes
 
 
-def default_multiple(size: int, wish: int) -> int:
-    """The largest power of two up to `wish` that still leaves about sixteen steps between nothing and `size`."""
+def default_multiple(size: int, wish: int, steps: int) -> int:
+    """The largest power of two up to `wish` that still leaves `steps` steps between nothing and `size`."""
     multiple = wish
-    while multiple > 1 and multiple * 16 > size:
+    while multiple > 1 and multiple * steps > size:
         multiple //= 2
     return multiple

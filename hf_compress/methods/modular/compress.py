@@ -150,6 +150,9 @@ def _reduce_query_key(
             _transform_rows(_linear(getattr(dense, name)), basis, new, name, tensors)
         return lost / max(_logit_energy(query_gram, centred, identity), 1e-300)
 
+    if rank == head_dim:
+        tensors |= _copied(dense, record.query, record.key)
+        return 0.0
     query_energy, key_energy = (gram.diagonal(dim1=-2, dim2=-1) for gram in (query_gram, key_gram))
     scores = mathematics.rotary_pair_scores(query_energy, key_energy)
     pairs = mathematics.top_indices(scores, rank // 2)
@@ -208,6 +211,9 @@ def _reduce_value_output(
     tensors[f"{record.value}.weight"] = (encode.mT @ per_head).flatten(end_dim=1)
     small = (decode[:, None] @ blocks).flatten(end_dim=2)
     tensors[f"{record.output}.weight"] = small.T
+    if value_bias is not None and rank == head_dim:
+        tensors[f"{record.value}.bias"] = (encode.mT @ value_bias.to(gram).reshape(-1, head_dim, 1)).flatten()
+        value_bias = None
     if value_bias is not None:
         # Attention weights of a token sum to one, so a constant added to all values reaches the output unchanged.
         per_query_head = value_bias.to(gram).reshape(-1, 1, head_dim).expand(-1, groups, -1).reshape(-1)

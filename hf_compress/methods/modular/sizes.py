@@ -104,16 +104,18 @@ def _module(
         return f"{kind} of block {block}: {excluded!r} is in modules_to_not_convert"
     weights = sum(matrix.weight.numel() for matrix in matrices)
     if kind == "mlp":
-        size, wish = matrices[0].out_features, WIDTH_MULTIPLE
+        size = matrices[0].out_features
+        multiple = default_multiple(size, WIDTH_MULTIPLE, steps=16)
     else:
         attention = get(anatomy.attention_path(block))
-        size, wish = int(attention.head_dim), HEAD_MULTIPLE
+        size = int(attention.head_dim)
+        multiple = default_multiple(size, HEAD_MULTIPLE, steps=4)
         rotary = anatomy.attention.rotary and (
             anatomy.attention.rotary_flag is None or getattr(attention, anatomy.attention.rotary_flag)
         )
         if kind == "query_key" and anatomy.attention.query_norm and not rotary:
             return f"query_key of block {block}: query/key norms without a rotary embedding"
-    multiple = config.rank_multiple or default_multiple(size, wish)
+    multiple = config.rank_multiple or multiple
     if kind == "query_key":
         multiple += multiple % 2
     return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))

@@ -83,16 +83,17 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
         head_dim = int(anatomy.model.get_submodule(path).head_dim)
         key_heads = projection(anatomy.attention_path(block, "key")).out_features // head_dim
 
-        def heads(output: Tensor) -> Float[Tensor, "tokens heads d"]:
-            # A projection gives (…, heads · d), a norm over heads (batch, tokens, heads, d).
-            rows = output.flatten(start_dim=2) if output.dim() == 4 else output
-            return real_tokens(rows).unflatten(-1, (-1, head_dim))
+        def heads(output: Tensor, norm: str | None = None) -> Float[Tensor, "tokens heads d"]:
+            rows = real_tokens(output).unflatten(-1, (-1, head_dim))
+            # Families lay heads out differently when they call their norm; here it always sees (tokens, heads, d).
+            return anatomy.model.get_submodule(f"{path}.{norm}")(rows).detach() if norm else rows
 
         def add_query(output: Tensor) -> None:
-            statistics.add("query", head_grams(heads(output)).unflatten(0, (key_heads, -1)).sum(dim=1))
+            rows = heads(output, record.query_norm)
+            statistics.add("query", head_grams(rows).unflatten(0, (key_heads, -1)).sum(dim=1))
 
         def add_key(output: Tensor) -> None:
-            rows = heads(output)
+            rows = heads(output, record.key_norm)
             statistics.add("key", head_grams(rows))
             statistics.add("key_sum", rows.float().sum(dim=0).cpu().double())
             statistics.key_tokens += len(rows)
@@ -102,8 +103,8 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
             statistics.add("value", head_grams(heads(output if bias is None else output - bias.detach())))
 
         if "query_key" in kinds:
-            on_output(f"{path}.{record.query_norm or record.query}", add_query)
-            on_output(f"{path}.{record.key_norm or record.key}", add_key)
+            on_output(f"{path}.{record.query}", add_query)
+            on_output(f"{path}.{record.key}", add_key)
         if "value_output" in kinds:
             on_output(f"{path}.{record.value}", add_value)
     try:

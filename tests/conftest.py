@@ -1,0 +1,105 @@
+"""Tiny random models of every family, and what the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+import hf_compress
+from hf_compress import CalibrationConfig, ModularDecompositionConfig
+
+VOCABULARY = 96
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16}
+_WITHOUT_HEAD_DIM = {name: value for name, value in _GROUPED.items() if name != "head_dim"} | {"hidden_size": 64}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED),
+    "llama_bias": lambda: LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**_WITHOUT_HEAD_DIM),
+    "qwen3": lambda: Qwen3Config(**_GROUPED),
+    "smollm3": lambda: SmolLM3Config(**_WITHOUT_HEAD_DIM, no_rope_layer_interval=2, use_sliding_window=False),
+    "gemma2": lambda: Gemma2Config(**_GROUPED, sliding_window=8, query_pre_attn_scalar=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_GROUPED,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "opt": lambda: OPTConfig(
+        **{**_COMMON, "hidden_size": 64}, ffn_dim=64, word_embed_proj_dim=64, dropout=0.0, activation_dropout=0.0
+    ),
+}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model whose biases and norm weights are random too: zeros would hide mistakes."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    attention = "eager" if family == "gemma2" else None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "embed" not in name:
+                parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(family: str) -> PreTrainedModel:
+    return make_model(family)
+
+
+def token_ids(count: int = 24, length: int = 32, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+def calibration(**fields: Any) -> CalibrationConfig:
+    return CalibrationConfig(token_ids(), **{"num_samples": 20, "num_held_out": 4, "batch_size": 8, **fields})
+
+
+def recipe(**fields: Any) -> ModularDecompositionConfig:
+    defaults: dict[str, Any] = {"reduction": 0.25, "calibration": calibration()}
+    return ModularDecompositionConfig(**{**defaults, **fields})
+
+
+ALL_KINDS = ("mlp", "query_key", "value_output")
+
+
+def compressed(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    fields = {"kinds": ALL_KINDS, **fields}
+    return hf_compress.compress(make_model(family, dtype), recipe(**fields))

@@ -1,0 +1,193 @@
+"""What every method must do on every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALL_KINDS, FAMILIES, compressed, make_model, recipe, token_ids
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hf_compress
+from hf_compress.anatomy import resolve_anatomy
+from hf_compress.engine.blocks import BlockStream
+from hf_compress.layout import layout_of
+from hf_compress.methods.modular.compress import compress_block
+from hf_compress.methods.modular.statistics import collect_statistics
+
+IDS = token_ids(3, 20, seed=5)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def test_reduction_zero_changes_nothing(family: str) -> None:
+    model = hf_compress.compress(make_model(family), recipe(reduction=0.0, calibration=None))
+    assert torch.equal(logits(model), logits(make_model(family)))
+    assert layout_of(model) == []
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_full_rank_is_exact(family: str, kind: str) -> None:
+    """Every block rebuilt at full size computes what the dense one does."""
+    model = make_model(family, torch.float64)
+    dense = logits(model)
+    anatomy = resolve_anatomy(model)
+    sizes = {"mlp": 64}.get(kind, 16)
+    config = recipe(ridge=1e-12)
+    for block in range(len(anatomy)):
+        attention = anatomy.model.get_submodule(anatomy.attention_path(block))
+        if kind == "query_key" and not getattr(attention, "use_rope", True) and family in ("qwen3", "gemma3"):
+            continue
+        stream = BlockStream(anatomy, [{"input_ids": token_ids(40, 32)}])
+        for earlier in range(block):
+            stream.advance(earlier)
+        with collect_statistics(anatomy, block, {kind}) as statistics:  # type: ignore[arg-type]
+            stream.run(block, 0)
+        result = compress_block(anatomy, config, block, {kind: sizes}, statistics)  # type: ignore[dict-item]
+        assert result.modules
+        for path, module in result.modules.items():
+            model.set_submodule(path, module)
+    # The families' norms and softmax compute in float32 and flip a rounding here and there.
+    torch.testing.assert_close(logits(model), dense, rtol=1e-5, atol=1e-5 * float(dense.abs().max()))
+
+
+@pytest.mark.parametrize("kinds", ["auto", ALL_KINDS, ("mlp",), ("query_key", "value_output")])
+def test_budget_is_met(family: str, kinds: object) -> None:
+    reduction = {("query_key", "value_output"): 0.1, ("mlp",): 0.2}.get(kinds, 0.3)  # type: ignore[call-overload]
+    model = hf_compress.compress(make_model(family), recipe(reduction=reduction, kinds=kinds))
+    report = model.compression_report
+    geometry_step = max(row.parameters_before / row.size_before for row in report.modules) * 8
+    tolerance = max(0.005, geometry_step / 2 / report.block_linear_before)
+    assert report.block_linear_reduction == pytest.approx(reduction, abs=tolerance)
+    now = sum(p.numel() for p in model.parameters())
+    assert now == report.parameters_after < report.parameters_before
+
+
+def test_save_and_reload_is_bit_equal(family: str, tmp_path: Path) -> None:
+    model = compressed(family, torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(model))
+    assert str(again.compression_report) == str(model.compression_report)
+    assert again.name_or_path == str(tmp_path) == model.name_or_path
+
+
+def test_generation_with_a_cache_equals_without(family: str) -> None:
+    model = compressed(family)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    ids = IDS[:, :10]
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+def test_static_cache_equals_dynamic(family: str) -> None:
+    model = compressed(family)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    ids = IDS[:, :6]
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids, **options))
+
+
+def test_left_padding_changes_nothing(family: str) -> None:
+    model = compressed(family)
+    ids = IDS[:1, :9]
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 9:]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 13:], alone)
+
+
+def test_beam_search_runs(family: str) -> None:
+    model = compressed(family)
+    result = model.generate(IDS[:, :8], num_beams=3, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert result.shape == (3, 13)
+
+
+def test_the_cache_holds_small_heads(family: str) -> None:
+    model = compressed(family)
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+    rows = {(row.block, row.kind): row.size_after for row in model.compression_report.modules}
+    for block in range(4):
+        assert cache.layers[block].keys.shape[-1] == rows.get((block, "query_key"), 16)
+        assert cache.layers[block].values.shape[-1] == rows.get((block, "value_output"), 16)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_back_ends_agree(family: str, implementation: str) -> None:
+    if family == "gemma2":
+        implementation = "eager"  # its softcap is refused by sdpa, for the dense model as well
+    model = compressed(family)
+    reference = logits(model)
+    model.set_attn_implementation(implementation)
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter(family: str) -> None:
+    model = compressed(family).train()
+    model(IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".k_proj.bias"):
+            continue  # a constant on all keys of a head without rotary embedding leaves the softmax unchanged
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        if "embed_positions" not in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_same_inputs_give_the_same_bytes(family: str) -> None:
+    first, second = compressed(family).state_dict(), compressed(family).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sequential_order_and_padding(family: str) -> None:
+    """Sequential statistics run, and padding in the calibration data has no influence on them."""
+    ids = token_ids(8, 24)
+    padded = torch.cat((torch.zeros(8, 5, dtype=torch.long), ids), dim=1)
+
+    def collate(with_padding: bool) -> object:
+        def collator(rows: list[int]) -> dict[str, torch.Tensor]:
+            index = torch.tensor(rows)
+            if not with_padding:
+                return {"input_ids": ids[index], "attention_mask": torch.ones_like(ids[index])}
+            mask = torch.ones_like(padded[index])
+            mask[:, :5] = 0
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            return {"input_ids": padded[index], "attention_mask": mask, "position_ids": positions}
+
+        return collator
+
+    states = []
+    for with_padding in (False, True):
+        source = hf_compress.CalibrationConfig(
+            list(range(8)), data_collator=collate(with_padding), num_samples=8, num_held_out=0, batch_size=4
+        )
+        model = compressed(family, order="sequential", calibration=source, allocation="uniform")
+        states.append(logits(model))
+    torch.testing.assert_close(states[0], states[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_dequantize_gives_the_same_function(name: str) -> None:
+    folds = name == "qwen2"  # a value bias and no output bias to fold it into
+    narrow_norms = name in ("qwen3", "gemma3")
+    model = compressed(name, torch.float64, kinds=("mlp",) if folds or narrow_norms else ALL_KINDS)
+    before = logits(model)
+    model.dequantize()
+    assert layout_of(model) == []
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in make_model(name).parameters())
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3"])
+def test_dequantize_says_what_has_no_dense_form(name: str) -> None:
+    with pytest.raises(hf_compress.CompressionError, match="Keep the compressed model"):
+        compressed(name).dequantize()
