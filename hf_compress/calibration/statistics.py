@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Rows per float32 product: short enough that its rounding stays below that of bf16 inputs.
-ROWS_PER_PRODUCT = 8192
+ROWS_PER_PRODUCT = 4096
+# A Gram is symmetric: strips of this many columns leave out most of its lower half.
+COLUMNS_PER_STRIP = 512
 
 
 @contextmanager
@@ -31,34 +33,34 @@ def exact_half_products() -> Iterator[None]:
 
 def gram(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
     """`Σ xᵀx` over the rows, in float64; products in float32 (float64 for float64 input), never in half precision."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=_sum_device(rows.device))
-    for chunk in rows.split(ROWS_PER_PRODUCT):
-        if chunk.dtype == torch.float64:
-            total += chunk.T @ chunk
-            continue
-        wide = chunk.float()
-        if chunk.dtype == torch.bfloat16 and chunk.device.type == "cpu":
-            with exact_half_products():
-                product = wide.T @ wide
-        else:
-            product = _full_precision_product(wide)
-        total += product.to(total.device, torch.float64)
-    return total
+    size = rows.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64, device=_sum_device(rows.device))
+    exact = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    with exact_half_products() if exact else _highest_precision():
+        for chunk in rows.split(ROWS_PER_PRODUCT):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            for start in range(0, size, COLUMNS_PER_STRIP):
+                strip = wide[:, start : start + COLUMNS_PER_STRIP].T @ wide[:, start:]
+                total[start : start + COLUMNS_PER_STRIP, start:] += strip.to(total.device)
+    return total.triu() + total.triu(1).T
 
 
 def head_grams(rows: Float[Tensor, "tokens heads d"]) -> Float[Tensor, "heads d d"]:
     """One Gram a head, `Σ xᵀx`, in float64."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    product = _full_precision_product(wide.permute(1, 0, 2).contiguous())
+    by_head = wide.transpose(0, 1).contiguous()
+    with _highest_precision():
+        product = by_head.mT @ by_head
     return product.to(_sum_device(rows.device), torch.float64)
 
 
-def _full_precision_product(wide: Float[Tensor, "*heads tokens n"]) -> Float[Tensor, "*heads n n"]:
-    """`xᵀx` without TF32 or other reduced float32 modes that the user may have switched on."""
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    """No TF32 or other reduced float32 modes that the user may have switched on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        return wide.mT @ wide
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 

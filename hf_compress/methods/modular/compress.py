@@ -70,20 +70,14 @@ def _compress_mlp(
     statistics: BlockStatistics,
     result: BlockResult,
 ) -> None:
-    gram = statistics.mlp
-    assert gram is not None
     get = anatomy.model.get_submodule
     down_path = anatomy.mlp_path(block, "down")
     down, down_bias = weights_of(_linear(get(down_path)))
-    wide_down = down.T.to(gram)
-    if config.channel_score == "ridge_leverage":
-        scores = mathematics.ridge_leverage_scores(gram, config.ridge)
-    else:
-        scores = mathematics.output_error_scores(gram, wide_down, config.ridge)
-    kept = mathematics.top_indices(scores, width)
-    drift = None if statistics.drift is None else DRIFT_SHARE * statistics.drift
-    refitted = mathematics.nystrom_refit(gram, kept, wide_down, config.ridge, drift)
-    error = mathematics.nystrom_relative_error(gram, kept, wide_down, refitted)
+    solutions = statistics.solutions
+    if solutions is None:
+        solutions = statistics.solutions = _solve_mlp(config, statistics, down)
+    kept, refitted = solutions.keep(width)
+    error = float(solutions.errors[width])
     new = {down_path: ResizedLinear.from_tensors(refitted.T.to(down), down_bias)}
     before = down.numel()
     for role in ("up", "gate") if anatomy.mlp.gate else ("up",):
@@ -97,6 +91,21 @@ def _compress_mlp(
     result.rows.append(
         ModuleReport(block, down_path.rpartition(".")[0], "mlp", down.shape[1], width, before, after, error)
     )
+
+
+def _solve_mlp(
+    config: ModularDecompositionConfig, statistics: BlockStatistics, down: Tensor
+) -> mathematics.NystromSolutions:
+    """Order the channels and factorise, once for all widths that a block may be tried at."""
+    gram = statistics.mlp
+    assert gram is not None
+    wide = down.T.to(gram)
+    if config.channel_score == "ridge_leverage":
+        scores = mathematics.ridge_leverage_scores(gram, config.ridge)
+    else:
+        scores = mathematics.output_error_scores(gram, wide, config.ridge)
+    drift = None if statistics.drift is None else DRIFT_SHARE * statistics.drift.to(gram)
+    return mathematics.NystromSolutions.of(gram, wide, scores, config.ridge, drift)
 
 
 def _compress_attention(

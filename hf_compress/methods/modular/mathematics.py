@@ -7,6 +7,8 @@ float64. Grams are sums over calibration tokens, `C = Σ HᵀH`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -62,37 +64,53 @@ def output_error_scores(
     return down.square().sum(dim=1) / inverse.diagonal()
 
 
-def nystrom_refit(
-    gram: Float[Tensor, "n n"],
-    kept: Int[Tensor, " k"],
-    down: Float[Tensor, "n d_model"],
-    ridge: float,
-    drift: Float[Tensor, "n d_model"] | None = None,
-) -> Float[Tensor, "k d_model"]:
-    """`W_d' = (Sᵀ C S)⁻¹ Sᵀ C W_d` (MoDeGPT, Type I): the least-squares optimum for the kept channels.
+@dataclass(frozen=True)
+class NystromSolutions:
+    """The least-squares optimum of the down projection for every number of kept channels at once.
 
-    The ridge is put on `C` as a whole, so that a solution that keeps every channel is `W_d` itself. With `drift`,
-    `Σ Hᵀ D`, the target is `H W_d + D`: the block also makes up for what the residual stream has lost before it.
+    `W_d' = (Sᵀ C S)⁻¹ Sᵀ C W_d` (MoDeGPT, Type I), where S keeps the first k channels of an order. A Cholesky factor of
+    the reordered Gram holds those of all its leading parts, so one factorisation serves every k. The ridge is put on
+    `C` as a whole: a solution that keeps every channel is `W_d` itself.
+
+    Args:
+        order: channels, the most important first, (n,).
+        factor: Cholesky factor L of the reordered `C + λI`, (n, n).
+        projected: `L⁻¹ (C + λI) W_d` (with drift: plus `L⁻¹ Hᵀ D`) in that order, (n, d_model).
+        errors: `‖H W_d − H S W_d'‖² / ‖H W_d‖²`, ridge included, for 0 to n kept channels, (n + 1,).
     """
-    shift = ridge * gram.diagonal().mean()
-    factor = ridge_cholesky(gram[kept][:, kept], ridge)
-    target = gram[kept] @ down + shift * down[kept]
-    if drift is not None:
-        target = target + drift[kept]
-    return torch.cholesky_solve(target, factor)
 
+    order: Int[Tensor, " n"]
+    factor: Float[Tensor, "n n"]
+    projected: Float[Tensor, "n d_model"]
+    errors: Float[Tensor, " n_plus_1"]
 
-def nystrom_relative_error(
-    gram: Float[Tensor, "n n"],
-    kept: Int[Tensor, " k"],
-    down: Float[Tensor, "n d_model"],
-    refitted: Float[Tensor, "k d_model"],
-) -> float:
-    """`‖H W_d − H S W_d'‖² / ‖H W_d‖²`, from the Gram alone."""
-    difference = down.clone()
-    difference[kept] -= refitted
-    total = (down * (gram @ down)).sum()
-    return float((difference * (gram @ difference)).sum() / total) if total > 0 else 0.0
+    @classmethod
+    def of(
+        cls,
+        gram: Float[Tensor, "n n"],
+        down: Float[Tensor, "n d_model"],
+        scores: Float[Tensor, " n"],
+        ridge: float,
+        drift: Float[Tensor, "n d_model"] | None = None,
+    ) -> NystromSolutions:
+        """Factorise once. With `drift`, `Σ Hᵀ D`, the target is `H W_d + D`: the block also makes up for what the
+        residual stream has lost before it. Raises `NumericalError`."""
+        order = scores.argsort(descending=True, stable=True)
+        factor = ridge_cholesky(gram[order][:, order], ridge)
+        projected = factor.T @ down[order]
+        energy = projected.square().sum(dim=1)
+        lost = energy.flip(0).cumsum(0).flip(0)
+        errors = torch.cat((lost, lost.new_zeros(1))) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+        if drift is not None:
+            projected = projected + torch.linalg.solve_triangular(factor, drift[order], upper=False)
+        return cls(order, factor, projected, errors)
+
+    def keep(self, count: int) -> tuple[Int[Tensor, " count"], Float[Tensor, "count d_model"]]:
+        """The kept channels in ascending order and their rows of `W_d'`."""
+        leading = self.factor[:count, :count].T
+        refitted = torch.linalg.solve_triangular(leading, self.projected[:count], upper=True)
+        kept, back = self.order[:count].sort()
+        return kept, refitted[back]
 
 
 def symmetric_roots(gram: Float[Tensor, "*heads d d"]) -> tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d d"]]:

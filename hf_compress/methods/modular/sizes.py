@@ -187,16 +187,20 @@ def realise_sizes(geometry: Geometry, wanted: dict[tuple[int, Kind], float]) -> 
 
 
 def divide_between_kinds(
-    geometry: Geometry, losses: dict[Kind, float], dense_loss: float, reduction: float, cap: float
+    geometry: Geometry, losses: dict[Kind, float], dense_loss: float, reduction: float, cap: float, exponent: float
 ) -> dict[Kind, float]:
     """Divide a reduction so that the kinds' expected losses add up to the least.
 
-    Each kind's extra loss is taken to grow with the square of its share `r`, `a r²`, with `a` from the probe, where
-    every kind gave the share `reduction` of its own weights. The least sum at a fixed total of weights has
-    `r ∝ weights / a`.
+    Each kind's extra loss is taken to grow as `a rᵖ` with its share `r`, with `a` from the probe, where every kind gave
+    the share `reduction` of its own weights. The least sum at a fixed total of weights has
+    `r ∝ (weights / a)^(1 / (p − 1))`; at `p = 1` the cheapest kind gives first, up to the cap.
     """
     kinds = list(losses)
     weights = torch.tensor([float(geometry.weights(kind)) for kind in kinds], dtype=torch.float64)
     extra = torch.tensor([max(losses[kind] - dense_loss, 1e-4) for kind in kinds], dtype=torch.float64)
-    removed = fill_to_cap(weights.square() / extra, reduction * geometry.block_linear, cap * weights)
-    return {kind: float(r / w) for kind, r, w in zip(kinds, removed, weights, strict=True) if r > 0}
+    worth = weights / extra
+    # A very high power is the cheapest kind first, without a special case.
+    power = min(1 / (exponent - 1), 200.0) if exponent > 1 else 200.0
+    share = weights * (worth / worth.max()) ** power
+    removed = fill_to_cap(share.clamp_min(1e-300), reduction * geometry.block_linear, cap * weights)
+    return {kind: float(r / w) for kind, r, w in zip(kinds, removed, weights, strict=True) if r / w > 1e-3}

@@ -14,6 +14,7 @@ from ...anatomy import ModelAnatomy
 from ...calibration.statistics import gram, head_grams
 from ...engine.blocks import real_tokens
 from .configuration import Kind
+from .mathematics import NystromSolutions
 
 
 @dataclass
@@ -37,6 +38,7 @@ class BlockStatistics:
     value: Float[Tensor, "heads d d"] | None = None
     drift: Float[Tensor, "width d_model"] | None = None
     key_tokens: int = 0
+    solutions: NystromSolutions | None = None
     _inner: Float[Tensor, "tokens width"] | None = None
 
     def add(self, name: str, value: Tensor) -> None:

@@ -1,0 +1,74 @@
+"""An interrupted run goes on where it stopped; another run's working directory is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALL_KINDS, calibration, make_model, recipe, token_ids
+
+import hf_compress
+from hf_compress import ResumeError
+from hf_compress.methods.modular import method as modular_method
+
+
+@pytest.mark.parametrize("order", ["dense", "sequential"])
+@pytest.mark.parametrize("stop_at", [0, 2, 3])
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, stop_at: int
+) -> None:
+    config = recipe(kinds=ALL_KINDS, order=order)
+    whole = hf_compress.compress(make_model("llama"), config).state_dict()
+    real, seen = modular_method.compress_block, list[int]()
+
+    def interrupted(anatomy: Any, config: Any, block: int, sizes: Any, statistics: Any) -> Any:
+        if block == stop_at and stop_at not in seen:
+            seen.append(block)
+            raise KeyboardInterrupt
+        seen.append(block)
+        return real(anatomy, config, block, sizes, statistics)
+
+    monkeypatch.setattr(modular_method, "compress_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hf_compress.compress(make_model("llama"), config, working_directory=tmp_path)
+    seen.clear()
+    seen.append(stop_at)
+    resumed = hf_compress.compress(make_model("llama"), config, working_directory=tmp_path)
+    assert seen[1:] == list(range(stop_at, 4)), "only unfinished blocks are computed again"
+    assert len(resumed.compression_report.modules) > 0
+    state = resumed.state_dict()
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(state[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_is_taken_up_whole(tmp_path: Path) -> None:
+    first = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    second = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    assert str(first.compression_report) == str(second.compression_report)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model_seed", "fields", "named"),
+    [
+        (1, {}, "model"),
+        (0, {"reduction": 0.2}, "recipe"),
+        (0, {"calibration": hf_compress.CalibrationConfig(token_ids(seed=9), num_samples=20)}, "calibration data"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, model_seed: int, fields: dict[str, Any], named: str) -> None:
+    hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    with pytest.raises(ResumeError, match=named):
+        hf_compress.compress(make_model("llama", seed=model_seed), recipe(**fields), working_directory=tmp_path)
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    state = tmp_path / "stage-0" / "state.json"
+    json.loads(state.read_text())
+    state.write_text("{")
+    with pytest.raises(ResumeError, match="damaged"):
+        hf_compress.compress(make_model("llama"), recipe(calibration=calibration()), working_directory=tmp_path)
