@@ -21,7 +21,7 @@ class MethodConfig(StrictModel):
 
     Args:
         calibration (`CalibrationConfig`, *optional*): the data to calibrate on. An input, never saved.
-        modules_to_not_convert (`list[str]`, *optional*): module names (a full path or its last parts) left as they are.
+        modules_to_not_convert (`list[str]`, *optional*): module names (full paths or parts of them) left as they are.
         seed (`int`, defaults to 0): seeds whatever the method draws at random.
     """
 

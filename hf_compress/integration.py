@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -15,7 +18,17 @@ from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .errors import ConfigurationError
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
-_SHARED_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "gguf_file")
+_SHARED_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "trust_remote_code",
+    "gguf_file",
+)
+# What Transformers itself writes as weights, whole or in shards.
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments", default=None)
 
 
@@ -118,11 +131,39 @@ def _from_gguf(
 
 
 def _save_pretrained(
-    original: Callable[..., Any], model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    result = original(model, save_directory, *args, **kwargs)
     stored = getattr(model.config, "quantization_config", None)
-    if getattr(stored, "quant_method", None) == QUANT_METHOD and not getattr(model, "_hf_peft_config_loaded", False):
-        # An adapter trained on this model must name the compressed checkpoint, not the dense base.
-        model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
+    if getattr(stored, "quant_method", None) != QUANT_METHOD or getattr(model, "_hf_peft_config_loaded", False):
+        return original(model, save_directory, *args, **kwargs)
+    target = Path(save_directory)
+    writes_here = kwargs.get("is_main_process", args[0] if args else True)
+    if not writes_here or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint") or target.is_file():
+        result = original(model, save_directory, *args, **kwargs)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            result = original(model, scratch, *args, **kwargs)
+            _move_into_place(Path(scratch), target)
+    # An adapter trained on this model must name the compressed checkpoint, not the dense base.
+    model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
     return result
+
+
+def _move_into_place(scratch: Path, target: Path) -> None:
+    """Put finished files where they belong: an interrupted save leaves what was there before.
+
+    The config goes last, and shards of an earlier save go with it: together they say which weights are meant.
+    """
+    target.mkdir(exist_ok=True)
+    new = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
+    names = {file.name for file in new}
+    for file in new:
+        os.replace(file, target / file.name)
+    for old in target.iterdir():
+        if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
+            old.unlink()

@@ -40,13 +40,14 @@ class CompressedModule(Protocol):
         """The state dict of the dense module (given on meta) that computes the same function."""
 
 
-ModuleType = TypeVar("ModuleType", bound=type)
+ModuleType = TypeVar("ModuleType", bound="type[Any]")
 _MODULE_TYPES: dict[str, type[Any]] = {}
 
 
 def register_module_type(cls: ModuleType) -> ModuleType:
     """Class decorator: make a module type known to the layout under its `layout_type`."""
-    _MODULE_TYPES[cls.layout_type] = cls
+    kind: Any = cls
+    _MODULE_TYPES[kind.layout_type] = cls
     return cls
 
 
@@ -132,7 +133,7 @@ class ResizedLinear(nn.Linear):
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> ResizedLinear:
         if not isinstance(dense, nn.Linear):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        return nn.utils.skip_init(
+        module: ResizedLinear = nn.utils.skip_init(
             cls,
             checked_size(spec, "in_features", dense.in_features),
             checked_size(spec, "out_features", dense.out_features),
@@ -140,6 +141,7 @@ class ResizedLinear(nn.Linear):
             device=dense.weight.device,
             dtype=dense.weight.dtype,
         )
+        return module
 
     @classmethod
     def from_tensors(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> ResizedLinear:

@@ -12,13 +12,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration import QUANT_METHOD, CompressionConfig
+from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import current_load_arguments
 from .layout import FORMAT_VERSION, layout_of, replay
 
 
-class CompressedModelConfig(QuantizationConfigMixin):
+class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What a compressed checkpoint's `config.json` holds under `quantization_config`.
 
     Args:
@@ -39,8 +40,8 @@ class CompressedModelConfig(QuantizationConfigMixin):
     ) -> None:
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION or format_version < 1:
             raise CheckpointError(
-                f"the checkpoint has format_version {format_version!r}, this hf_compress knows up to {FORMAT_VERSION}. "
-                "Update hf_compress to load it."
+                f"the checkpoint has format_version {format_version!r}, this hf_compress knows up to "
+                f"{FORMAT_VERSION}. Update hf_compress to load it."
             )
         if unknown:
             raise CheckpointError(f"unknown fields {sorted(unknown)} in the checkpoint's quantization_config.")
@@ -79,14 +80,15 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             replay(model, self.quantization_config.layout)
+        else:
+            # The skeleton tells whether the recipe can be met, before any weight is read.
+            prepare(model, CompressionConfig.wrap(self.quantization_config))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             self.attach(model)
             return model
-        from .engine.compress import compress
-
         recipe = self.quantization_config
         # From here on the model is dense and plain until `compress` attaches a quantizer for the result.
         self.remove_quantization_config(model)
@@ -129,16 +131,19 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         """Dense modules of the original sizes in place of ours; the same function, without the savings."""
         with torch.device("meta"):
             skeleton = type(model)(model.config)
+        states: dict[str, dict[str, torch.Tensor]] = {}
         for entry in layout_of(model):
-            module, dense = model.get_submodule(entry["path"]), skeleton.get_submodule(entry["path"])
-            reference = next(module.parameters())
+            path = entry["path"]
             try:
-                state = module.dequantize(dense)  # type: ignore[operator]
+                states[path] = model.get_submodule(path).dequantize(skeleton.get_submodule(path))
             except NotImplementedError as error:
-                raise CompressionError(f"{entry['path']}: {error}") from error
+                raise CompressionError(f"{path}: {error}") from error
+        for path, state in states.items():
+            module, dense = model.get_submodule(path), skeleton.get_submodule(path)
+            reference = next(module.parameters())
             dense.to_empty(device=reference.device)
             dense.load_state_dict(state)
-            model.set_submodule(entry["path"], dense.to(dtype or reference.dtype).train(module.training))
+            model.set_submodule(path, dense.to(dtype or reference.dtype).train(module.training))
         return model
 
 

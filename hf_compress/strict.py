@@ -11,7 +11,7 @@ from .errors import ConfigurationError
 
 
 class StrictModel(BaseModel):
-    """An immutable set of validated fields. Raises `ConfigurationError` that names the field, the value and the remedy."""
+    """An immutable set of validated fields. Raises `ConfigurationError`: the field, the value and the remedy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

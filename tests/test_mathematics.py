@@ -24,10 +24,14 @@ def data(*shape: int, seed: int = 0) -> Float[Tensor, "..."]:
 
 def correlated(rows: int, columns: int, seed: int = 0) -> Float[Tensor, "rows columns"]:
     scale = torch.logspace(0, -1.5, columns, dtype=torch.float64)
-    return data(rows, columns, seed=seed) @ (torch.eye(columns).double() + 0.4 * data(columns, columns, seed=9)) * scale
+    return (
+        data(rows, columns, seed=seed) @ (torch.eye(columns).double() + 0.4 * data(columns, columns, seed=9)) * scale
+    )
 
 
-def refit(gram_: Tensor, kept: Tensor, down: Tensor, ridge: float, drift: Tensor | None = None) -> tuple[Tensor, float]:
+def refit(
+    gram_: Tensor, kept: Tensor, down: Tensor, ridge: float, drift: Tensor | None = None
+) -> tuple[Tensor, float]:
     """The down projection for exactly these channels, and the error that is reported."""
     scores = torch.zeros(len(gram_)).double()
     scores[kept] = 1

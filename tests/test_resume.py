@@ -48,7 +48,9 @@ def test_a_finished_run_is_taken_up_whole(tmp_path: Path) -> None:
     first = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
     second = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
     assert str(first.compression_report) == str(second.compression_report)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

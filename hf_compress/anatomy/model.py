@@ -52,7 +52,8 @@ class ModelAnatomy:
         return len(self.block_paths)
 
     def block(self, index: int) -> nn.Module:
-        return self.model.get_submodule(self.block_paths[index])
+        block: nn.Module = self.model.get_submodule(self.block_paths[index])
+        return block
 
     @property
     def mlp(self) -> MlpAnatomy:

@@ -23,7 +23,7 @@ class AttentionAnatomy:
         query_norm, key_norm: RMS norms over the head dimension between projection and rotary embedding.
         norm_offset: the norms multiply by `norm_offset + weight` (Gemma: 1).
         scaling: attribute that holds the softmax scale.
-        query_prescaled: the dense class multiplies the query by the scale and passes 1 to the attention function (OPT).
+        query_prescaled: the dense class multiplies the query by the scale and passes 1 to the attention (OPT).
         softcap: attribute that holds the logit softcap, passed on as `softcap=`.
         sliding_window: attribute that holds the window, passed on as `sliding_window=`.
         dropout: attribute that holds the dropout probability.
@@ -92,7 +92,9 @@ def register_anatomy(record: Anatomy, *, replace: bool = False) -> Anatomy:
     """Make a family known. Raises `ConfigurationError` if a model type has a record already and `replace` is false."""
     taken = [name for name in record.model_types if name in _RECORDS]
     if taken and not replace:
-        raise ConfigurationError(f"model types {taken} already have an anatomy record; pass replace=True to replace it.")
+        raise ConfigurationError(
+            f"model types {taken} already have an anatomy record; pass replace=True to replace it."
+        )
     for name in record.model_types:
         _RECORDS[name] = record
     return record
@@ -107,9 +109,7 @@ def known_model_types() -> list[str]:
 
 
 register_anatomy(Anatomy(model_types=("llama",)))
-register_anatomy(
-    Anatomy(model_types=("mistral",), attention=AttentionAnatomy(sliding_window="config.sliding_window"))
-)
+register_anatomy(Anatomy(model_types=("mistral",), attention=AttentionAnatomy(sliding_window="config.sliding_window")))
 register_anatomy(Anatomy(model_types=("qwen2",), attention=AttentionAnatomy(sliding_window="sliding_window")))
 register_anatomy(
     Anatomy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ def exact_half_products() -> Iterator[None]:
 
     Products of two bf16 numbers are exact in float32 and the sums are float32 either way; only the speed differs.
     """
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:

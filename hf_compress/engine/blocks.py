@@ -78,8 +78,8 @@ class BlockStream:
             def entrance(index: int, *args: Any, **kwargs: Any) -> Tensor:
                 if "hidden_states" in kwargs:
                     hidden = kwargs.pop("hidden_states")
-                    return record(index, hidden, *args, **kwargs)  # noqa: B023
-                return record(index, *args, **kwargs)  # noqa: B023
+                    return record(index, hidden, *args, **kwargs)
+                return record(index, *args, **kwargs)
 
             with torch.no_grad(), replaced_forward(blocks, entrance):
                 model(**model_inputs(model, batch))
@@ -121,7 +121,9 @@ class BlockStream:
             NumericalError: non-finite activations, with the name of the block.
         """
         for batch in range(len(self)):
-            self.hidden[batch] = require_finite(self.run(index, batch), f"output of {self.anatomy.block_paths[index]!r}")
+            self.hidden[batch] = require_finite(
+                self.run(index, batch), f"output of {self.anatomy.block_paths[index]!r}"
+            )
 
     def final_loss(self) -> float:
         """What the model makes of the hidden states after the last block: mean negative log-likelihood a token.
@@ -141,7 +143,9 @@ class BlockStream:
                 mask = single["attention_mask"][0, 1:].bool() if "attention_mask" in single else None
                 for start in range(0, len(targets), LOGIT_ROWS):
                     rows = slice(start, start + LOGIT_ROWS)
-                    losses = nn.functional.cross_entropy(logits[rows].float(), targets[rows], reduction="none").double()
+                    losses = nn.functional.cross_entropy(
+                        logits[rows].float(), targets[rows], reduction="none"
+                    ).double()
                     if mask is not None:
                         losses = losses[mask[rows].to(losses.device)]
                     total, count = total + float(losses.sum()), count + losses.numel()

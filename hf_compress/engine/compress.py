@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
+from ..anatomy import ModelAnatomy, find_record, known_model_types, resolve_anatomy, text_config
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data
 from ..configuration import CompressionConfig, MethodConfig
@@ -60,17 +60,7 @@ def compress(
     """
     recipe = CompressionConfig.wrap(config)
     _require_dense(model)
-    anatomy = resolve_anatomy(model)
-    # Built once before any data is read, so that a recipe which the model cannot meet stops here.
-    methods = [create_method(stage, anatomy) for stage in recipe.stages]
-    sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
-    for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
-        if method.needs_calibration and source is None:
-            raise CalibrationError(
-                f"{type(stage).__name__} needs calibration data and got none. Add calibration=CalibrationConfig("
-                'dataset="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train") to the config, or '
-                "calibration=[...] (texts) to compress()."
-            )
+    anatomy, methods, sources = prepare(model, recipe, calibration)
     _require_finite_weights(model)
     base = str(getattr(model.config, "name_or_path", "") or "")
 
@@ -82,6 +72,29 @@ def compress(
         method.finish()
     _attach(model, recipe, report, provenance)
     return model
+
+
+def prepare(
+    model: PreTrainedModel, recipe: CompressionConfig, calibration: Any = None
+) -> tuple[ModelAnatomy, list[Method[Any, Any]], list[CalibrationConfig | None]]:
+    """Check a recipe against a model's structure, before weights or data are read: a meta skeleton will do.
+
+    Raises:
+        UnsupportedModelError, ConfigurationError: see `compress`.
+        CalibrationError: a stage that needs data and has none.
+    """
+    _require_decoder(model)
+    anatomy = resolve_anatomy(model)
+    methods = [create_method(stage, anatomy) for stage in recipe.stages]
+    sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
+    for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
+        if method.needs_calibration and source is None:
+            raise CalibrationError(
+                f"{type(stage).__name__} needs calibration data and got none. Add calibration=CalibrationConfig("
+                'dataset="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train") to the config, or '
+                "calibration=[...] (texts) to compress()."
+            )
+    return anatomy, methods, sources
 
 
 def _run(
@@ -139,9 +152,7 @@ def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> 
     kept = resume.decisions
     if kept is None:
         method.survey(session)
-        resume.keep_decisions(
-            {"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone}
-        )
+        resume.keep_decisions({"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone})
     else:
         method.restore(kept["method"])
         session.notes.update(kept["notes"])
@@ -152,6 +163,7 @@ def _attach(
     model: PreTrainedModel, recipe: CompressionConfig, report: CompressionReport, provenance: dict[str, Any]
 ) -> None:
     """The report, and, if any module of ours is in the model, the quantizer that saves and loads it."""
+    # The quantizer calls this module, so it cannot be imported above.
     from ..quantizer import CompressedModelConfig, CompressionQuantizer
 
     model.compression_report = report
@@ -243,14 +255,18 @@ def _require_dense(model: PreTrainedModel) -> None:
             f"{meta!r} is on the meta device: the model is offloaded or has no weights. Load it whole with "
             "device_map=None or onto devices that hold it."
         )
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate() and _is_encoder(model):
+
+
+def _require_decoder(model: PreTrainedModel) -> None:
+    """The families known so far are decoders; an encoder is told so rather than that its type is unknown."""
+    config = text_config(model)
+    base = model.base_model
+    encoder = hasattr(base, "encoder") and not hasattr(base, "decoder") and not getattr(config, "is_decoder", False)
+    if find_record(config.model_type) is None and (encoder or getattr(model.config, "is_encoder_decoder", False)):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no decoder-only language model; only those are supported so far."
+            f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model, and only those are "
+            f"supported so far: {', '.join(known_model_types())}."
         )
-
-
-def _is_encoder(model: PreTrainedModel) -> bool:
-    return not getattr(text_config(model), "is_decoder", True) and hasattr(model.base_model, "encoder")
 
 
 def _require_finite_weights(model: nn.Module) -> None:

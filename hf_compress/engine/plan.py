@@ -68,7 +68,9 @@ def plan(
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"no model config could be read from {str(model)!r}: {error}") from error
         if getattr(read, "quantization_config", None) is not None:
-            raise ConfigurationError(f"{str(model)!r} is quantized or compressed already; plan for the dense original.")
+            raise ConfigurationError(
+                f"{str(model)!r} is quantized or compressed already; plan for the dense original."
+            )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(read)
         width = torch.empty(0, dtype=read.dtype or torch.float32).element_size()

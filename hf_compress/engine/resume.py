@@ -60,9 +60,13 @@ class ResumePoint:
         try:
             found = json.loads(state.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ResumeError(f"{state} is damaged ({error}). Remove the working directory to start afresh.") from error
+            raise ResumeError(
+                f"{state} is damaged ({error}). Remove the working directory to start afresh."
+            ) from error
         before = found.get("fingerprint", {})
-        differing = sorted(key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key))
+        differing = sorted(
+            key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key)
+        )
         if differing:
             raise ResumeError(
                 f"the working directory {str(directory)!r} holds another run: {', '.join(differing)} differ. "

@@ -49,7 +49,11 @@ def fill_to_cap(share: Float[Tensor, " n"], total: float, cap: float | Float[Ten
 
 
 def realise(
-    wanted: Sequence[float], largest: Sequence[int], multiples: Sequence[int], costs: Sequence[float], smallest: int = 1
+    wanted: Sequence[float],
+    largest: Sequence[int],
+    multiples: Sequence[int],
+    costs: Sequence[float],
+    smallest: int = 1,
 ) -> list[int]:
     """Whole sizes, multiples of `multiples[i]` (or `largest[i]` itself), whose total cost meets that of `wanted`.
 

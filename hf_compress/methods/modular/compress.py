@@ -12,11 +12,11 @@ from ...errors import NumericalError
 from ...layout import ResizedLinear
 from . import mathematics
 from .configuration import Kind, ModularDecompositionConfig
-from .modules import DecomposedAttention, HeadRMSNorm
+from .modules import DecomposedAttention
 from .statistics import BlockStatistics
 
-# How much of the residual stream's drift a block makes up for in sequential order. All of it asks for more than a block
-# can give and hurts on other text; the ablation in the README has both ends.
+# How much of the residual stream's drift a block makes up for in sequential order. All of it asks for more than a
+# block can give and hurts on text that was not calibrated on.
 DRIFT_SHARE = 0.5
 
 
@@ -175,10 +175,10 @@ def _reduce_query_key(
         tensors[f"{name}.weight"] = weight[rows]
         if bias is not None:
             tensors[f"{name}.bias"] = bias[rows]
-    for name, energy in ((record.query_norm, query_energy), (record.key_norm, key_energy)):
-        if name is not None:
-            weight = getattr(dense, name).weight.detach().to(energy) + record.norm_offset
-            tensors[f"{name}.weight"] = _norm_weight(weight, energy, dims)
+    for norm, energy in ((record.query_norm, query_energy), (record.key_norm, key_energy)):
+        if norm is not None:
+            weight = getattr(dense, norm).weight.detach().to(energy) + record.norm_offset
+            tensors[f"{norm}.weight"] = _norm_weight(weight, energy, dims)
     kept = scores.gather(-1, pairs).sum()
     return float(1 - kept / scores.sum()) if scores.sum() > 0 else 0.0
 
@@ -258,7 +258,14 @@ def _copied(dense: nn.Module, *names: str) -> dict[str, Tensor]:
 
 
 def _row(
-    block: int, path: str, kind: Kind, before: int, after: int, dense: nn.Module, new: DecomposedAttention, error: float
+    block: int,
+    path: str,
+    kind: Kind,
+    before: int,
+    after: int,
+    dense: nn.Module,
+    new: DecomposedAttention,
+    error: float,
 ) -> ModuleReport:
     record = new.record
     names = (record.query, record.key) if kind == "query_key" else (record.value, record.output)

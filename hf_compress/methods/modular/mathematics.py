@@ -39,7 +39,8 @@ def ridge_cholesky(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n
         shifted.diagonal().add_(max(ridge, 1e-12) * 10**attempt * scale)
         factor, info = torch.linalg.cholesky_ex(shifted)
         if info.item() == 0:
-            return factor
+            found: Tensor = factor
+            return found
     raise NumericalError(
         f"the Gram matrix is not positive definite, even with a ridge of {ridge * 10 ** (RIDGE_ATTEMPTS - 1):.1e} "
         "of its mean diagonal"
@@ -68,9 +69,9 @@ def output_error_scores(
 class NystromSolutions:
     """The least-squares optimum of the down projection for every number of kept channels at once.
 
-    `W_d' = (Sᵀ C S)⁻¹ Sᵀ C W_d` (MoDeGPT, Type I), where S keeps the first k channels of an order. A Cholesky factor of
-    the reordered Gram holds those of all its leading parts, so one factorisation serves every k. The ridge is put on
-    `C` as a whole: a solution that keeps every channel is `W_d` itself.
+    `W_d' = (Sᵀ C S)⁻¹ Sᵀ C W_d` (MoDeGPT, Type I), where S keeps the first k channels of an order. A Cholesky factor
+    of the reordered Gram holds those of all its leading parts, so one factorisation serves every k. The ridge is put
+    on `C` as a whole: a solution that keeps every channel is `W_d` itself.
 
     Args:
         order: channels, the most important first, (n,).
@@ -113,7 +114,9 @@ class NystromSolutions:
         return kept, refitted[back]
 
 
-def symmetric_roots(gram: Float[Tensor, "*heads d d"]) -> tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d d"]]:
+def symmetric_roots(
+    gram: Float[Tensor, "*heads d d"],
+) -> tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d d"]]:
     """`C^{1/2}` and its pseudo-inverse from one eigendecomposition, eigenvalues below a relative floor left out.
 
     Raises:
@@ -123,7 +126,7 @@ def symmetric_roots(gram: Float[Tensor, "*heads d d"]) -> tuple[Float[Tensor, "*
         raise NumericalError("the Gram matrix holds non-finite values")
     try:
         values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise NumericalError(f"the eigendecomposition of the Gram matrix failed: {error}") from error
     alive = values > EIGENVALUE_FLOOR * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
     root = torch.where(alive, values, 0).sqrt()
@@ -133,7 +136,8 @@ def symmetric_roots(gram: Float[Tensor, "*heads d d"]) -> tuple[Float[Tensor, "*
 
 def leading_subspace(symmetric: Float[Tensor, "*heads d d"], rank: int) -> Float[Tensor, "*heads d rank"]:
     """Eigenvectors of the `rank` largest eigenvalues, largest first."""
-    return torch.linalg.eigh(symmetric)[1].flip(-1)[..., :rank]
+    vectors: Tensor = torch.linalg.eigh(symmetric)[1]
+    return vectors.flip(-1)[..., :rank]
 
 
 def value_output_joint(

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import eager_attention_forward as grouped_eager_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward as grouped_eager_attention
 
 from ...anatomy import AttentionAnatomy, find_record, read_attribute
 from ...layout import checked_size, register_module_type
@@ -54,12 +54,15 @@ class DecomposedAttention(nn.Module):
         self, dense: nn.Module, record: AttentionAnatomy, query_key_dim: int, value_dim: int, output_bias: bool
     ) -> None:
         super().__init__()
-        projections = {role: read_attribute(dense, getattr(record, role)) for role in ("query", "key", "value", "output")}
+        projections = {
+            role: read_attribute(dense, getattr(record, role)) for role in ("query", "key", "value", "output")
+        }
         query, key, value, output = projections.values()
         self.record = record
-        self.config = dense.config
-        self.layer_idx = dense.layer_idx
-        self.head_dim = int(dense.head_dim)
+        attributes: Any = dense
+        self.config: Any = attributes.config
+        self.layer_idx = attributes.layer_idx
+        self.head_dim = int(attributes.head_dim)
         self.num_heads = query.out_features // self.head_dim
         self.num_key_value_heads = key.out_features // self.head_dim
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
@@ -81,7 +84,8 @@ class DecomposedAttention(nn.Module):
         hidden, width = query.in_features, self.num_heads * value_dim
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, **options)
+            module: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, **options)
+            return module
 
         setattr(self, record.query, linear(hidden, self.num_heads * query_key_dim, query.bias is not None))
         setattr(self, record.key, linear(hidden, self.num_key_value_heads * query_key_dim, key.bias is not None))
@@ -118,7 +122,7 @@ class DecomposedAttention(nn.Module):
         family = find_record(getattr(getattr(dense, "config", None), "model_type", ""))
         if family is None or family.attention is None:
             raise ValueError(f"no anatomy record describes the attention {type(dense).__name__}")
-        head_dim = int(dense.head_dim)
+        head_dim = int(read_attribute(dense, "head_dim"))
         query_key_dim = checked_size(spec, "query_key_dim", head_dim)
         value_dim = checked_size(spec, "value_dim", head_dim)
         if not isinstance(spec["output_bias"], bool):
@@ -174,7 +178,7 @@ class DecomposedAttention(nn.Module):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "batch tokens heads v"], Tensor | None]:
-        name = self.config._attn_implementation
+        name: str = self.config._attn_implementation
         if self.record.softcap:
             kwargs["softcap"] = self.softcap
         if self.record.sliding_window:

@@ -121,7 +121,9 @@ def _module(
     return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))
 
 
-def kind_reductions(geometry: Geometry, config: ModularDecompositionConfig, kinds: Sequence[Kind]) -> dict[Kind, float]:
+def kind_reductions(
+    geometry: Geometry, config: ModularDecompositionConfig, kinds: Sequence[Kind]
+) -> dict[Kind, float]:
     """The share of its own weights that each kind gives, where the recipe says so without a probe.
 
     Raises:
@@ -191,8 +193,8 @@ def divide_between_kinds(
 ) -> dict[Kind, float]:
     """Divide a reduction so that the kinds' expected losses add up to the least.
 
-    Each kind's extra loss is taken to grow as `a rᵖ` with its share `r`, with `a` from the probe, where every kind gave
-    the share `reduction` of its own weights. The least sum at a fixed total of weights has
+    Each kind's extra loss is taken to grow as `a rᵖ` with its share `r`, with `a` from the probe, where every kind
+    gave the share `reduction` of its own weights. The least sum at a fixed total of weights has
     `r ∝ (weights / a)^(1 / (p − 1))`; at `p = 1` the cheapest kind gives first, up to the cap.
     """
     kinds = list(losses)

@@ -86,9 +86,12 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
         key_heads = projection(anatomy.attention_path(block, "key")).out_features // head_dim
 
         def heads(output: Tensor, norm: str | None = None) -> Float[Tensor, "tokens heads d"]:
-            rows = real_tokens(output).unflatten(-1, (-1, head_dim))
+            rows: Tensor = real_tokens(output).unflatten(-1, (-1, head_dim))
             # Families lay heads out differently when they call their norm; here it always sees (tokens, heads, d).
-            return anatomy.model.get_submodule(f"{path}.{norm}")(rows).detach() if norm else rows
+            if norm is None:
+                return rows
+            normed: Tensor = anatomy.model.get_submodule(f"{path}.{norm}")(rows)
+            return normed.detach()
 
         def add_query(output: Tensor) -> None:
             rows = heads(output, record.query_norm)
