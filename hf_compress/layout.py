@@ -40,7 +40,7 @@ class CompressedModule(Protocol):
         """The state dict of the dense module (given on meta) that computes the same function."""
 
 
-ModuleType = TypeVar("ModuleType", bound="type[Any]")
+ModuleType = TypeVar("ModuleType", bound=type[Any])
 _MODULE_TYPES: dict[str, type[Any]] = {}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,8 +21,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-import hf_compress
-from hf_compress import CalibrationConfig, ModularDecompositionConfig
+# The shapes in the annotations are checked at run time wherever the tests go.
+with install_import_hook("hf_compress", "typechecking.check"):
+    import hf_compress
+    from hf_compress import CalibrationConfig, ModularDecompositionConfig
 
 VOCABULARY = 96
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import ModelAnatomy, find_record, known_model_types, resolve_anatomy, text_config
 from ..calibration.configuration import CalibrationConfig
-from ..calibration.data import CalibrationData, load_calibration_data
+from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import layout_of
@@ -140,6 +140,7 @@ def _run(
         notes.update(session.notes)
         left_alone += session.left_alone
         if data is not None:
+            notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
     model.train(training)
     after = _count(model, anatomy)
@@ -198,7 +199,7 @@ def _load_data(
     if processing_class is None and _reads_texts(source):
         processing_class = _load_processing_class(base, load_arguments)
     config = text_config(model)
-    return load_calibration_data(
+    data = load_calibration_data(
         source,
         processing_class,
         vocab_size=config.vocab_size,
@@ -206,6 +207,8 @@ def _load_data(
         token=load_arguments.get("token"),
         cache_dir=load_arguments.get("cache_dir"),
     )
+    warn_if_few_tokens(data.num_tokens, method.expect().largest_gram)
+    return data
 
 
 def _reads_texts(source: CalibrationConfig) -> bool:

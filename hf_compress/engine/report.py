@@ -90,6 +90,6 @@ class CompressionReport:
             ("bytes in memory", self.bytes_before, self.bytes_after),
         ):
             lines.append(f"{name:<16} {before:>15,} → {after:>15,}  ({after / before - 1:+.1%})")
-        lines += [f"{name}: {value}" for name, value in self.notes.items()]
+        lines += [f"{name}: {value}" for name, value in sorted(self.notes.items())]
         lines += [f"left alone: {reason}" for reason in self.left_alone]
         return "\n".join(lines)

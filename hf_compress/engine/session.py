@@ -52,9 +52,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a method will do, known before it sees data: weights removed, and bytes of one block's statistics."""
+    """What a method will do, known before it sees data.
+
+    Args:
+        removed_weights: weights removed from the blocks.
+        largest_gram: side of the largest matrix of statistics; fewer calibration tokens leave it singular.
+        statistics_bytes: of one block at a time.
+    """
 
     removed_weights: int
+    largest_gram: int
     statistics_bytes: int
 
 

@@ -73,7 +73,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         sizes = allocate(geometry, kind_reductions(geometry, self.config, self._kinds()), None, self.config, 1.0)
         width = max((m.size for m in geometry.modules if m.kind == "mlp"), default=0)
         # The float64 Gram, its factor and its inverse.
-        return Expectation(geometry.removed(sizes), 3 * 8 * width**2)
+        return Expectation(geometry.removed(sizes), width, 3 * 8 * width**2)
 
     def survey(self, session: Session) -> None:
         config = self.config

@@ -154,7 +154,9 @@ class DecomposedAttention(nn.Module):
         if self.uses_rotary:
             assert position_embeddings is not None
             cosine, sine = (self._rotation(table) for table in position_embeddings)
-            query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+            # Queries and keys of a group turn alike: together they take half the kernel launches.
+            turned = _rotate(torch.cat((query, key), dim=3), cosine, sine)
+            query, key = turned[:, :, :, :-1], turned[:, :, :, -1:]
         query = query.reshape(batch, tokens, self.num_heads, self.query_key_dim).transpose(1, 2)
         key = key.squeeze(3).transpose(1, 2)
         value = value.transpose(1, 2)
@@ -168,7 +170,8 @@ class DecomposedAttention(nn.Module):
         """The columns of a cosine or sine table for the kept pairs; both halves of the table are equal."""
         if self.rotary_pairs is None:
             return table[:, :, None, None, : self.head_dim // 2]
-        return table[:, :, self.rotary_pairs][:, :, :, None, :]
+        columns = table.index_select(-1, self.rotary_pairs.flatten())
+        return columns.unflatten(-1, self.rotary_pairs.shape)[:, :, :, None, :]
 
     def _attend(
         self,
@@ -184,7 +187,7 @@ class DecomposedAttention(nn.Module):
         if self.record.sliding_window:
             kwargs["sliding_window"] = self.sliding_window
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
-        width = self._kernel_width(name, query.shape[2])
+        width = self._kernel_width(name)
         mixed, weights = attention(
             self,
             _pad(query, width),
@@ -197,16 +200,13 @@ class DecomposedAttention(nn.Module):
         )
         return mixed[..., : self.value_dim], weights
 
-    def _kernel_width(self, implementation: str, tokens: int) -> int | None:
+    def _kernel_width(self, implementation: str) -> int | None:
         """The head size handed to the attention function; `None` leaves the sizes as they are.
 
-        A single new token is bound by reading the cache, so padding a copy of it would cost more than it gains; only
-        flash and flex kernels cannot do without.
+        Fused kernels take equal sizes only; with unequal ones `scaled_dot_product_attention` falls back to plain
+        products, slower than the padding even for a single new token.
         """
-        if self.query_key_dim == self.value_dim:
-            return None
-        needs_equal = "flash" in implementation or "flex" in implementation
-        if not needs_equal and (implementation == "eager" or tokens == 1):
+        if self.query_key_dim == self.value_dim or implementation == "eager":
             return None
         widest = max(self.query_key_dim, self.value_dim)
         return -(-widest // KERNEL_MULTIPLE) * KERNEL_MULTIPLE
