@@ -88,6 +88,7 @@ class CompressionConfig(StrictModel):
         if isinstance(config, MethodConfig):
             return cls(stages=(config,), calibration=config.calibration)
         if isinstance(config, dict):
+            config = {name: value for name, value in config.items() if name != "quant_method"}
             return cls(**config) if "stages" in config else cls(stages=(method_config_from_dict(config),))
         raise ConfigurationError(
             f"expected a CompressionConfig, a method's config or a recipe dictionary, got {type(config).__name__}."

@@ -15,7 +15,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
+from .engine.report import CompressionReport
 from .errors import ConfigurationError
+from .layout import layout_of
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
 _SHARED_ARGUMENTS = (
@@ -27,8 +29,6 @@ _SHARED_ARGUMENTS = (
     "trust_remote_code",
     "gguf_file",
 )
-# What Transformers itself writes as weights, whole or in shards.
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments", default=None)
 
 
@@ -47,18 +47,19 @@ def _load_arguments(arguments: dict[str, Any]) -> Iterator[None]:
 
 
 def install() -> None:
-    """Wrap `PreTrainedModel.from_pretrained` and `save_pretrained`; a second call changes nothing."""
+    """Wrap `from_pretrained`, `save_pretrained` and `push_to_hub` of `PreTrainedModel`; idempotent."""
     if hasattr(PreTrainedModel.from_pretrained, "_hf_compress_original"):
         return
     from_pretrained = PreTrainedModel.__dict__["from_pretrained"]
-    save_pretrained = PreTrainedModel.__dict__["save_pretrained"]
     PreTrainedModel.from_pretrained = classmethod(_marked(_from_pretrained, from_pretrained.__func__, from_pretrained))
-    PreTrainedModel.save_pretrained = _marked(_save_pretrained, save_pretrained, save_pretrained)
+    for name, wrapper in (("save_pretrained", _save_pretrained), ("push_to_hub", _push_to_hub)):
+        original = PreTrainedModel.__dict__[name]
+        setattr(PreTrainedModel, name, _marked(wrapper, original, original))
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    for name in ("from_pretrained", "save_pretrained"):
+    for name in ("from_pretrained", "save_pretrained", "push_to_hub"):
         original = getattr(getattr(PreTrainedModel, name), "_hf_compress_original", None)
         if original is not None:
             setattr(PreTrainedModel, name, original)
@@ -84,7 +85,7 @@ def _from_pretrained(
                 "CompressionConfig(stages=[...])."
             )
         recipe = CompressionConfig.wrap(recipe)
-    elif isinstance(kwargs.get("quantization_config"), (CompressionConfig, MethodConfig)):
+    elif _is_recipe(kwargs.get("quantization_config")):
         recipe = CompressionConfig.wrap(kwargs.pop("quantization_config"))
     if recipe is None:
         return original(cls, name, *args, **kwargs)
@@ -97,8 +98,17 @@ def _from_pretrained(
         return original(cls, name, *args, quantization_config=recipe, **kwargs)
 
 
+def _is_recipe(config: Any) -> bool:
+    """One of our configurations, or the dictionary of one."""
+    if isinstance(config, dict):
+        return "layout" not in config and ("stages" in config or "method" in config)
+    return isinstance(config, (CompressionConfig, MethodConfig))
+
+
 def _refuse_compressed(name: Any, config: Any, shared: dict[str, Any]) -> None:
     """Stop before Transformers, which would ignore the recipe with a warning."""
+    if isinstance(config, (str, os.PathLike)):
+        name, config = config, None
     if config is None and name is not None and not shared.get("gguf_file"):
         config = AutoConfig.from_pretrained(name, **shared)
     stored = getattr(config, "quantization_config", None)
@@ -138,32 +148,51 @@ def _save_pretrained(
     **kwargs: Any,
 ) -> Any:
     stored = getattr(model.config, "quantization_config", None)
-    if getattr(stored, "quant_method", None) != QUANT_METHOD or getattr(model, "_hf_peft_config_loaded", False):
+    ours = getattr(stored, "quant_method", None) == QUANT_METHOD
+    if ours and not layout_of(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        # A fresh model built from a compressed model's config is dense: a layout beside it would be a lie.
+        del model.config.quantization_config
+        ours = False
+    unsaved = isinstance(getattr(model, "compression_report", None), CompressionReport) and not model.name_or_path
+    if not (ours or unsaved) or getattr(model, "_hf_peft_config_loaded", False):
         return original(model, save_directory, *args, **kwargs)
     target = Path(save_directory)
     writes_here = kwargs.get("is_main_process", args[0] if args else True)
     if not writes_here or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint") or target.is_file():
         result = original(model, save_directory, *args, **kwargs)
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        target.mkdir(parents=True, exist_ok=True)
+        # Inside the folder, so that moving the files never crosses to another file system.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
             result = original(model, scratch, *args, **kwargs)
-            _move_into_place(Path(scratch), target)
+            _move_into_place(Path(scratch), target, kwargs.get("variant"))
     # An adapter trained on this model must name the compressed checkpoint, not the dense base.
     model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
     return result
 
 
-def _move_into_place(scratch: Path, target: Path) -> None:
+def _push_to_hub(original: Callable[..., Any], model: PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    result = original(model, repo_id, *args, **kwargs)
+    if layout_of(model):
+        # The upload saved to a temporary folder; the model's name is the repository's.
+        model.name_or_path = model.config.name_or_path = repo_id
+    return result
+
+
+def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:
     """Put finished files where they belong: an interrupted save leaves what was there before.
 
     The config goes last, and shards of an earlier save go with it: together they say which weights are meant.
     """
-    target.mkdir(exist_ok=True)
+    suffix = f"\\.{re.escape(variant)}" if variant else ""
+    weight_file = re.compile(
+        rf"model(-\d{{5}}-of-\d{{5}})?{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|"
+        rf"model\.safetensors\.index{suffix}\.json"
+    )
     new = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
     names = {file.name for file in new}
     for file in new:
         os.replace(file, target / file.name)
     for old in target.iterdir():
-        if _WEIGHT_FILE.fullmatch(old.name) and old.name not in names:
+        if weight_file.fullmatch(old.name) and old.name not in names:
             old.unlink()

@@ -65,7 +65,7 @@ def layout_entry(path: str, module: Any) -> dict[str, Any]:
     return {"path": path, "type": module.layout_type, "spec": module.spec()}
 
 
-def replay(model: nn.Module, layout: list[dict[str, Any]]) -> None:
+def replay(model: nn.Module, layout: Any) -> None:
     """Rebuild the structure that a layout describes on a dense skeleton, usually on the meta device.
 
     Raises:
@@ -75,15 +75,23 @@ def replay(model: nn.Module, layout: list[dict[str, Any]]) -> None:
         raise CheckpointError("the checkpoint's quantization_config has no `layout`: it is damaged. Compress again.")
     for entry in layout:
         _check_entry(entry)
-        path = entry["path"]
+        path = _path_in(model, entry["path"])
+        model.set_submodule(path, build_module(model.get_submodule(path), entry))
+
+
+def _path_in(model: nn.Module, path: str) -> str:
+    """A layout's path in this model: with a head the base model has a prefix, on its own it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
         try:
-            dense = model.get_submodule(path)
+            model.get_submodule(candidate)
         except AttributeError:
-            raise CheckpointError(
-                f"the layout replaces {path!r}, which {type(model).__name__} does not have. "
-                "The config and the layout belong to different models."
-            ) from None
-        model.set_submodule(path, build_module(dense, entry))
+            continue
+        return candidate
+    raise CheckpointError(
+        f"the layout replaces {path!r}, which {type(model).__name__} does not have. "
+        "The config and the layout belong to different models."
+    )
 
 
 def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
@@ -93,7 +101,10 @@ def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"missing field {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"layout entry of {entry['path']!r} ({entry['type']}): {detail}.") from error
-    return module
+    reference = next(dense.parameters(), None)
+    for parameter in module.parameters():
+        parameter.requires_grad_(reference is None or reference.requires_grad)
+    return module.train(dense.training)
 
 
 def _check_entry(entry: Any) -> None:
@@ -107,6 +118,17 @@ def _check_entry(entry: Any) -> None:
             f"layout entry of {path!r} has module type {kind!r}, which this version of hf_compress does not know "
             f"(known: {sorted(_MODULE_TYPES)}). Update hf_compress if the checkpoint is newer."
         )
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Let the modules look at loaded tensors whose values matter, such as indices. Raises `CheckpointError`."""
+    for path, module in model.named_modules():
+        check = getattr(module, "check_tensors", None)
+        if type(module) in _MODULE_TYPES.values() and check is not None:
+            try:
+                check()
+            except ValueError as error:
+                raise CheckpointError(f"tensors of {path!r}: {error}. The checkpoint is damaged.") from error
 
 
 def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:

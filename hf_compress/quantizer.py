@@ -16,7 +16,7 @@ from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import current_load_arguments
-from .layout import FORMAT_VERSION, layout_of, replay
+from .layout import FORMAT_VERSION, check_tensors, layout_of, replay
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -31,9 +31,9 @@ class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        recipe: dict[str, Any] | None = None,
-        layout: list[dict[str, Any]] | None = None,
-        provenance: dict[str, Any] | None = None,
+        recipe: Any = None,
+        layout: Any = None,
+        provenance: Any = None,
         format_version: Any = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -87,6 +87,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
+            check_tensors(model)
             self.attach(model)
             return model
         recipe = self.quantization_config
@@ -102,9 +103,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         model.quantization_method = QUANT_METHOD
         # Transformers refuses `.half()` and `.float()` where this is true; our tensors are cast like any others.
         model.is_quantized = False
-        report = self.quantization_config.provenance.get("report")
-        if report is not None and not hasattr(model, "compression_report"):
-            model.compression_report = CompressionReport.from_dict(report)
+        if not hasattr(model, "compression_report"):
+            model.compression_report = CompressionReport.from_provenance(self.quantization_config.provenance)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called first in `save_pretrained`: the layout is derived afresh from what the model is now."""
@@ -127,7 +127,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Dense modules of the original sizes in place of ours; the same function, without the savings."""
         with torch.device("meta"):
             skeleton = type(model)(model.config)
@@ -138,10 +138,12 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                 states[path] = model.get_submodule(path).dequantize(skeleton.get_submodule(path))
             except NotImplementedError as error:
                 raise CompressionError(f"{path}: {error}") from error
+        # Transformers writes the config's dtype as a string when it saves.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, state in states.items():
             module, dense = model.get_submodule(path), skeleton.get_submodule(path)
             reference = next(module.parameters())
-            dense.to_empty(device=reference.device)
+            dense.to(reference.dtype).to_empty(device=reference.device)
             dense.load_state_dict(state)
             model.set_submodule(path, dense.to(dtype or reference.dtype).train(module.training))
         return model

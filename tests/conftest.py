@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -74,6 +75,14 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
             elif "embed" not in name:
                 parameter.mul_(4)
     return model.eval()
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """For calls with arguments of the wrong type on purpose, and for torch.compile, which cannot trace the checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

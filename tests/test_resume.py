@@ -74,3 +74,15 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     state.write_text("{")
     with pytest.raises(ResumeError, match="damaged"):
         hf_compress.compress(make_model("llama"), recipe(calibration=calibration()), working_directory=tmp_path)
+
+
+def test_a_damaged_block_is_named(tmp_path: Path) -> None:
+    hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    block = next((tmp_path / "stage-0").glob("block-*1.safetensors"))
+    block.write_bytes(block.read_bytes()[:100])
+    with pytest.raises(ResumeError, match=r"block-00001\.safetensors is damaged"):
+        hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    block.unlink()
+    again = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path).state_dict()
+    whole = hf_compress.compress(make_model("llama"), recipe()).state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)

@@ -96,6 +96,7 @@ def test_an_adapter_on_an_unsaved_model_does_not_name_the_dense_base(tmp_path: P
     assert not tuned.peft_config["default"].base_model_name_or_path
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_compile_gives_the_same(family: str) -> None:
     model = compressed(family)

@@ -71,9 +71,7 @@ def _sum_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in ("mps", "xpu") else device
 
 
-def cosine_distances(
-    before: Float[Tensor, "batch tokens d"], after: Float[Tensor, "batch tokens d"]
-) -> tuple[float, int]:
+def cosine_distances(before: Float[Tensor, "tokens d"], after: Float[Tensor, "tokens d"]) -> tuple[float, int]:
     """Sum over tokens of `1 − cos(before, after)` and the number of tokens: the parts of a block's influence."""
     cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
     return float((1 - cosine).double().sum()), cosine.numel()

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..anatomy import ModelAnatomy
-from ..errors import NumericalError
+from ..errors import CalibrationError, NumericalError
 
 Batch = dict[str, Tensor]
 # Rows of logits turned to float32 at once.
@@ -108,7 +108,8 @@ class BlockStream:
     def text_positions(self, batch: int) -> Iterator[None]:
         """Within the context, `real_tokens` leaves out the padding of a batch."""
         mask = self.batches[batch].get("attention_mask")
-        token = _TEXT_POSITIONS.set(None if mask is None or mask.all() else mask.bool().reshape(-1))
+        plain = mask is None or mask.dim() != 2 or bool(mask.all())
+        token = _TEXT_POSITIONS.set(None if plain or mask is None else mask.bool().reshape(-1))
         try:
             yield
         finally:
@@ -136,11 +137,12 @@ class BlockStream:
         for batch, hidden in zip(self.batches, self.hidden, strict=True):
             for row in range(len(hidden)):
                 final = hidden[row : row + 1]
-                single = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                single = _rows(batch, slice(row, row + 1))
                 with torch.no_grad(), replaced_forward(blocks, lambda *_, _final=final, **__: _final):
                     logits = model(**model_inputs(model, single)).logits[0, :-1]
                 targets = single["input_ids"][0, 1:].to(logits.device)
-                mask = single["attention_mask"][0, 1:].bool() if "attention_mask" in single else None
+                mask = single.get("attention_mask")
+                mask = mask[0, 1:].bool() if mask is not None and mask.dim() == 2 else None
                 for start in range(0, len(targets), LOGIT_ROWS):
                     rows = slice(start, start + LOGIT_ROWS)
                     losses = nn.functional.cross_entropy(
@@ -149,7 +151,9 @@ class BlockStream:
                     if mask is not None:
                         losses = losses[mask[rows].to(losses.device)]
                     total, count = total + float(losses.sum()), count + losses.numel()
-        return total / max(count, 1)
+        if count == 0:
+            raise CalibrationError("there is no held-out token to measure a loss on; give more text.")
+        return total / count
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -171,14 +175,20 @@ def require_finite(hidden: Tensor, what: str) -> Tensor:
     return hidden
 
 
+def _rows(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch; tensors that all rows share, such as position ids of shape (1, tokens), stay whole."""
+    size = max(len(tensor) for tensor in batch.values())
+    return {name: tensor[rows] if len(tensor) == size else tensor for name, tensor in batch.items()}
+
+
 def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
     """The first batches, until they hold `tokens` positions; the last one is cut to whole sequences."""
     taken: list[Batch] = []
     for batch in batches:
-        first = next(iter(batch.values()))
+        first = max(batch.values(), key=len)
         length = first.shape[1] if first.dim() > 1 else 1
         rows = min(len(first), max(-(-tokens // length), 1))
-        taken.append({name: tensor[:rows] for name, tensor in batch.items()})
+        taken.append(_rows(batch, slice(0, rows)))
         tokens -= rows * length
         if tokens <= 0:
             break

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,11 +70,32 @@ def compress(
     def run() -> tuple[CompressionReport, dict[str, Any]]:
         return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
 
-    report, provenance = on_one_process(model, run)
-    for method in methods:
-        method.finish()
+    training = model.training
+    # Tensors made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad(), _all_or_nothing(model):
+        model.eval()
+        report, provenance = on_one_process(model, run)
+        for method in methods:
+            method.finish()
+    model.train(training)
     _attach(model, recipe, report, provenance)
     return model
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module and its mode back if the context ends with an exception: no half compressed model is left."""
+    before = {name: (module, module.training) for name, module in model.named_modules()}
+    config = copy.deepcopy(model.config)
+    try:
+        yield
+    except BaseException:
+        for name, (module, training) in before.items():
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+            module.training = training
+        model.config = config
+        raise
 
 
 def prepare(
@@ -86,6 +110,12 @@ def prepare(
     _require_decoder(model)
     anatomy = resolve_anatomy(model)
     methods = [create_method(stage, anatomy) for stage in recipe.stages]
+    kinds = [type(stage) for stage in recipe.stages]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigurationError(
+            "two stages of the same method cannot follow each other: the second would meet modules that the first has "
+            "replaced. Put what both should do into one configuration."
+        )
     sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
     for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
         if method.needs_calibration and source is None:
@@ -107,8 +137,6 @@ def _run(
     working_directory: str | Path | None,
     base: str,
 ) -> tuple[CompressionReport, dict[str, Any]]:
-    training = model.training
-    model.eval()
     before = _count(model, anatomy)
     checksum = model_checksum(model) if working_directory is not None else None
     rows: list[ModuleReport] = []
@@ -134,15 +162,15 @@ def _run(
         }
         resume = ResumePoint(directory, fingerprint)
         session = Session(anatomy, data.batches if data else [], data.held_out if data else [])
-        torch.manual_seed(stage.seed)
-        _survey(method, session, resume)
-        rows += walk(session, method, resume)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage.seed)
+            _survey(method, session, resume)
+            rows += walk(session, method, resume)
         notes.update(session.notes)
         left_alone += session.left_alone
         if data is not None:
             notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
-    model.train(training)
     after = _count(model, anatomy)
     report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
     return report, provenance
@@ -168,6 +196,8 @@ def _attach(
     from ..quantizer import CompressedModelConfig, CompressionQuantizer
 
     model.compression_report = report
+    if not layout_of(model) and report.parameters_after == report.parameters_before:
+        return
     model.name_or_path = model.config.name_or_path = ""
     if not layout_of(model):
         if getattr(model, "hf_quantizer", None) is not None:
@@ -281,10 +311,5 @@ def _require_finite_weights(model: nn.Module) -> None:
 def _count(model: nn.Module, anatomy: ModelAnatomy) -> tuple[int, int, int]:
     """Elements of the blocks' matrices, parameters of the model (tied once), and the parameters' bytes."""
     parameters = list(model.parameters())
-    matrices = sum(
-        parameter.numel()
-        for path in anatomy.block_paths
-        for parameter in model.get_submodule(path).parameters()
-        if parameter.dim() == 2
-    )
+    matrices = sum(model.get_parameter(f"{path}.weight").numel() for path in anatomy.linear_paths())
     return matrices, sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

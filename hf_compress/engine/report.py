@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -27,6 +28,11 @@ class ModuleReport:
     parameters_before: int
     parameters_after: int
     error: float
+
+
+def _known_fields(cls: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    known = {item.name for item in fields(cls)}
+    return {name: value for name, value in data.items() if name in known}
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,19 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionReport:
         """The report that `to_dict` wrote; fields of later versions are left out."""
-        known = {item.name for item in fields(cls)}
-        kept = {name: value for name, value in data.items() if name in known}
-        return cls(**{**kept, "modules": [ModuleReport(**row) for row in data["modules"]]})
+        kept = _known_fields(cls, data)
+        return cls(
+            **{**kept, "modules": [ModuleReport(**_known_fields(ModuleReport, row)) for row in data["modules"]]}
+        )
+
+    @classmethod
+    def from_provenance(cls, provenance: Any) -> CompressionReport | None:
+        """The report in a checkpoint's provenance; `None`, with a warning, where there is none to be read."""
+        try:
+            return cls.from_dict(provenance["report"])
+        except (KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"the checkpoint's compression report cannot be read ({error!r}); left out.", stacklevel=2)
+            return None
 
     def __str__(self) -> str:
         header = f"{'block':>5}  {'kind':<13} {'size':>13}  {'parameters':>23}  {'error':>8}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +33,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
+    _replace(temporary, path)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Move a finished file into place once it is on the disk: a power cut leaves the whole file or none."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -108,15 +115,18 @@ class ResumePoint:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         # A file needs at least one tensor; a block that stays dense has none.
         save_file(tensors or {"": torch.zeros(1)}, temporary, metadata={"block": json.dumps(record)})
-        os.replace(temporary, path)
+        _replace(temporary, path)
 
     def load(self, block: int, model: nn.Module) -> BlockResult:
         """Rebuild a finished block's modules for the dense ones that `model` still has in place."""
         path = self._path(block)
         assert path is not None
-        with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["block"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["block"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
         modules: dict[str, nn.Module] = {}
         for entry in record["layout"]:
             at = entry["path"]

@@ -27,7 +27,8 @@ def influence_reductions(
             f"a mean reduction of {average:.3f} cannot be spread over blocks that may give at most {cap:.3f} each. "
             "Lower `reduction`, raise `max_module_reduction`, or let more `kinds` give."
         )
-    share = torch.softmax(-influence.double() / temperature, dim=0)
+    # A low temperature drives shares to zero, but blocks whose turn comes after the cap must still be told apart.
+    share = torch.softmax(-influence.double() / temperature, dim=0).clamp_min(1e-300)
     return fill_to_cap(share, average * len(influence), cap)
 
 
@@ -88,6 +89,17 @@ def realise(
             break
         spent = after
         sizes[best] += step(best)
+    while spent > target:
+        # Sizes that were held up by their floor have spent too much: the others give it back.
+        candidates = [i for i in range(len(sizes)) if sizes[i] - multiples[i] >= floors[i]]
+        if not candidates:
+            break
+        best = min(candidates, key=lambda i: (wanted[i] - sizes[i]) / multiples[i])
+        after = spent - multiples[best] * costs[best]
+        if abs(after - target) >= abs(spent - target):
+            break
+        spent = after
+        sizes[best] -= multiples[best]
     return sizes
 
 

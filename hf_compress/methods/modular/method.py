@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...anatomy import ModelAnatomy, text_config
 from ...calibration.statistics import cosine_distances
-from ...engine.blocks import take_tokens
+from ...engine.blocks import real_tokens, take_tokens
 from ...engine.registry import register_method
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
@@ -26,7 +26,8 @@ from .trial import trial_losses
 INFLUENCE_TOKENS = 8192
 # How a kind's loss may grow with what it gives; the held-out sequences decide which comes nearest.
 GROWTH_EXPONENTS = (1.0, 1.3, 1.6, 2.0)
-TEMPERATURES = (0.02, 0.035, 0.05, 0.08, 0.15)
+# The last one spreads the reduction almost evenly.
+TEMPERATURES = (0.02, 0.035, 0.05, 0.08, 0.15, 1.0)
 
 
 @register_method
@@ -91,6 +92,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             session.notes["temperature"] = temperature
         self.sizes = allocate(self.geometry, shares, influence, config, temperature)
         if config.allocation == "search":
+            self._require_held_out(session, 'allocation="search"', 'set allocation="block_influence"')
             self.sizes = improve(session, config, self.geometry, self.sizes)
         if config.portable:
             self._one_width(shares["mlp"])
@@ -134,8 +136,14 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         return TEMPERATURES[losses.index(min(losses))]
 
     def _require_held_out(self, session: Session, option: str, way_out: str) -> None:
-        if not session.held_out or self.anatomy.model.get_output_embeddings() is None:
-            found = "no held-out sequences" if not session.held_out else f"{type(self.anatomy.model).__name__}"
+        found = None
+        if self.anatomy.model.get_output_embeddings() is None:
+            found = f"no head on {type(self.anatomy.model).__name__}"
+        elif not session.held_out:
+            found = "no held-out sequence"
+        elif any("input_ids" not in batch for batch in session.held_out):
+            found = "a batch without `input_ids`"
+        if found is not None:
             raise ConfigurationError(
                 f"{option} measures the language-model loss on held-out calibration sequences, but there is {found}. "
                 f"Give more text and num_held_out of 1 or more, load the model with its head, or {way_out}."
@@ -195,6 +203,9 @@ def block_influence(session: Session) -> torch.Tensor:
     for block in session.progress(range(len(session.anatomy)), "survey"):
         before = list(stream.hidden)
         stream.advance(block)
-        parts = [cosine_distances(x, y) for x, y in zip(before, stream.hidden, strict=True)]
+        parts = []
+        for batch, (x, y) in enumerate(zip(before, stream.hidden, strict=True)):
+            with stream.text_positions(batch):
+                parts.append(cosine_distances(real_tokens(x), real_tokens(y)))
         influence[block] = sum(part[0] for part in parts) / sum(part[1] for part in parts)
     return influence

@@ -171,7 +171,8 @@ class DecomposedAttention(nn.Module):
         if self.rotary_pairs is None:
             return table[:, :, None, None, : self.head_dim // 2]
         columns = table.index_select(-1, self.rotary_pairs.flatten())
-        return columns.unflatten(-1, self.rotary_pairs.shape)[:, :, :, None, :]
+        gathered: Tensor = columns.unflatten(-1, self.rotary_pairs.shape)
+        return gathered[:, :, :, None, :]
 
     def _attend(
         self,
@@ -210,6 +211,12 @@ class DecomposedAttention(nn.Module):
             return None
         widest = max(self.query_key_dim, self.value_dim)
         return -(-widest // KERNEL_MULTIPLE) * KERNEL_MULTIPLE
+
+    def check_tensors(self) -> None:
+        """After loading: indices that point outside the head would read other memory on some devices."""
+        pairs = self.rotary_pairs
+        if pairs is not None and not pairs.is_meta and bool(((pairs < 0) | (pairs >= self.head_dim // 2)).any()):
+            raise ValueError(f"`rotary_pairs` must lie in 0 to {self.head_dim // 2 - 1}")
 
     @torch.no_grad()
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:

@@ -26,6 +26,9 @@ def improve(session: Session, config: ModularDecompositionConfig, geometry: Geom
     together, as blocks interact; the best of a walk is taken if it beats the incumbent, else the steps shrink.
     Everything is decided on held-out sequences, all of them.
     """
+    if geometry.removed(start) == 0:
+        session.notes["search"] = "nothing to search: the reduction is below one step of the sizes"
+        return start
     generator = torch.Generator().manual_seed(config.seed)
     began = time.monotonic()
     best, best_loss = start, trial_losses(session, config, [start], held_out_tokens=2**31)[0]

@@ -52,6 +52,12 @@ class Geometry:
         left_alone: list[str] = []
         get = anatomy.model.get_submodule
         total = 0
+        for name in config.modules_to_not_convert:
+            if not any(is_excluded(path, [name]) for path, _ in anatomy.model.named_modules()):
+                raise ConfigurationError(
+                    f"modules_to_not_convert: {name!r} names no module of {type(anatomy.model).__name__}. Blocks are "
+                    f"at {anatomy.block_paths[0]!r} and so on."
+                )
         for path in anatomy.linear_paths():
             matrix = get(path)
             assert isinstance(matrix, nn.Linear)
