@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.report import CompressionReport
-from .errors import ConfigurationError
-from .layout import layout_of
+from .errors import CheckpointError, ConfigurationError
+from .layout import UNFINISHED, layout_of
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
 _SHARED_ARGUMENTS = (
@@ -147,6 +147,11 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    if UNFINISHED in model.__dict__:
+        raise CheckpointError(
+            "the compression of this model was interrupted or failed: some blocks are compressed and some are not. "
+            "Load the dense model again and repeat the run."
+        )
     stored = getattr(model.config, "quantization_config", None)
     ours = getattr(stored, "quant_method", None) == QUANT_METHOD
     if ours and not layout_of(model) and not getattr(model, "_hf_peft_config_loaded", False):

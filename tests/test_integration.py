@@ -34,6 +34,7 @@ from hf_compress import (
     AttentionAnatomy,
     CalibrationConfig,
     CalibrationError,
+    CheckpointError,
     CompressionConfig,
     ConfigurationError,
     MlpAnatomy,
@@ -401,17 +402,31 @@ def test_dequantize_after_saving(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-6, atol=1e-6)
 
 
-def test_a_failure_leaves_the_model_as_it_was() -> None:
+def failing(block: int) -> PreTrainedModel:
+    """A model in training mode whose block yields NaN."""
     model = make_model("llama").train()
-    expected = make_model("llama").state_dict()
-    handle = model.model.layers[2].mlp.down_proj.register_forward_hook(lambda *a: a[2] * float("nan"))
+    model.model.layers[block].mlp.down_proj.register_forward_hook(lambda *a: a[2] * float("nan"))
+    return model
+
+
+def test_a_failure_before_the_first_block_leaves_the_model_as_it_was() -> None:
+    model = failing(2)
+    with pytest.raises(NumericalError, match=r"layers\.2"):
+        hf_compress.compress(model, recipe(kinds=["mlp"]))
+    assert layout_of(model) == []
+    assert all(module.training for module in model.modules())
+
+
+def test_a_half_compressed_model_is_neither_saved_nor_compressed_again(tmp_path: Path) -> None:
+    model = failing(2)
     with pytest.raises(NumericalError, match=r"layers\.2"):
         hf_compress.compress(model, recipe(kinds=["mlp"], allocation="uniform"))
-    handle.remove()
-    assert layout_of(model) == []
     assert model.training
-    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
-    assert layout_of(hf_compress.compress(model, recipe()))
+    with pytest.raises(CheckpointError, match="Load the dense model again"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="Load the dense model again"):
+        hf_compress.compress(model, recipe())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_made_in_inference_mode_can_be_trained() -> None:

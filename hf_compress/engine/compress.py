@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
@@ -21,7 +20,7 @@ from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
-from ..layout import layout_of
+from ..layout import UNFINISHED, layout_of
 from .distributed import on_one_process
 from .registry import create_method
 from .report import CompressionReport, ModuleReport
@@ -70,32 +69,32 @@ def compress(
     def run() -> tuple[CompressionReport, dict[str, Any]]:
         return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
 
-    training = model.training
     # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad(), _all_or_nothing(model):
-        model.eval()
+    with torch.inference_mode(False), torch.no_grad(), _interruptible(model):
         report, provenance = on_one_process(model, run)
         for method in methods:
             method.finish()
-    model.train(training)
     _attach(model, recipe, report, provenance)
     return model
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put every module and its mode back if the context ends with an exception: no half compressed model is left."""
-    before = {name: (module, module.training) for name, module in model.named_modules()}
-    config = copy.deepcopy(model.config)
+def _interruptible(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode; after an exception, mark a model of which some blocks are compressed and some are not.
+
+    Keeping the dense modules until the end would make this a plain undo, at the price of the whole model's memory.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     except BaseException:
-        for name, (module, training) in before.items():
-            if model.get_submodule(name) is not module:
-                model.set_submodule(name, module)
+        for module, training in modes.items():
             module.training = training
-        model.config = config
+        if layout_of(model):
+            model.__dict__[UNFINISHED] = True
         raise
+    model.train(modes[model])
 
 
 def prepare(
@@ -269,6 +268,11 @@ def _require_dense(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"expected a Transformers model (PreTrainedModel), got {type(model).__name__}. "
             "Compress before wrapping: first compress(model), then PEFT, DDP or compile."
+        )
+    if UNFINISHED in model.__dict__:
+        raise ConfigurationError(
+            "an earlier compression of this model was interrupted or failed, and some of its blocks are compressed. "
+            "Load the dense model again; with the same working_directory the run goes on where it stopped."
         )
     if layout_of(model):
         raise ConfigurationError(

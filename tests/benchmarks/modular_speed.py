@@ -71,6 +71,8 @@ def main() -> None:
 
     for reduction in arguments.reduction:
         model = load(torch.bfloat16)
+        with torch.no_grad():
+            model(rows[:1])  # weights are mapped from the file and count as resident once they were read
         config = ModularDecompositionConfig(reduction=reduction, kinds=kinds, calibration=source)
         began = time.perf_counter()
         with PeakMemory() as memory:
