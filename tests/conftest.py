@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
 import torch
+from calibration_helpers import make_tokenizer
 from jaxtyping import install_import_hook
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -93,6 +96,23 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(family: str) -> PreTrainedModel:
     return make_model(family)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A folder with a dense Llama."""
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def interrupt(*args: Any, **kwargs: Any) -> None:
+    """In place of a function: the user has pressed Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def token_ids(count: int = 24, length: int = 32, seed: int = 1) -> torch.Tensor:
