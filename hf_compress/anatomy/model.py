@@ -74,6 +74,11 @@ class ModelAnatomy:
         inner = getattr(self.attention, role) if role else ""
         return join(self.block_paths[index], self.attention.path, inner)
 
+    def mlp_feeds_residual(self) -> bool:
+        """Whether the down projection's output is added to the residual stream and no norm of the block follows."""
+        field = self.mlp.feeds_residual_field
+        return bool(getattr(text_config(self.model), field)) if field else self.mlp.feeds_residual
+
     def linear_paths(self) -> Iterator[str]:
         """The matrices of all blocks that a record names: what `reduction` counts."""
         for index in range(len(self)):
@@ -95,6 +100,7 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     config = text_config(model)
     record = find_record(config.model_type)
     if record is None:
+        _require_decoder(model)
         raise UnsupportedModelError(
             f"no anatomy record describes model type {config.model_type!r} ({type(model).__name__}). "
             f"Known: {', '.join(known_model_types())}. Found {_describe(model)}. "
@@ -128,6 +134,18 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
                 "nn.Linear. Compress the plain checkpoint, without adapters or another quantization."
             )
     return anatomy
+
+
+def _require_decoder(model: PreTrainedModel) -> None:
+    """The families known so far are decoders; an encoder is told so rather than that its type is unknown."""
+    config = text_config(model)
+    base = model.base_model
+    encoder = hasattr(base, "encoder") and not hasattr(base, "decoder") and not getattr(config, "is_decoder", False)
+    if encoder or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model, and only those are "
+            f"supported so far: {', '.join(known_model_types())}."
+        )
 
 
 def _describe(model: nn.Module) -> str:

@@ -58,7 +58,9 @@ class MlpAnatomy:
         path: the module that holds the projections, relative to the block; `""` for the block itself.
         up, gate, down: the projections, `nn.Linear`.
         width_field: the field of the model's config that holds the width between up and down.
-        feeds_residual: the down projection's output is added to the residual stream as it is, without a norm.
+        feeds_residual: the down projection's output is added to the residual stream as it is, and nothing norms the
+            sum within the block.
+        feeds_residual_field: the field of the model's config that says so, where a family has both kinds.
     """
 
     path: str = "mlp"
@@ -67,6 +69,7 @@ class MlpAnatomy:
     down: str = "down_proj"
     width_field: str = "intermediate_size"
     feeds_residual: bool = True
+    feeds_residual_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,13 @@ register_anatomy(
         model_types=("opt",),
         blocks="decoder.layers",
         attention=AttentionAnatomy(output="out_proj", rotary=None, query_prescaled=True, dropout="dropout"),
-        mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field="ffn_dim"),
+        mlp=MlpAnatomy(
+            path="",
+            up="fc1",
+            gate=None,
+            down="fc2",
+            width_field="ffn_dim",
+            feeds_residual_field="do_layer_norm_before",
+        ),
     )
 )

@@ -87,6 +87,32 @@ def open_rows(
         raise _unreadable(config, error) from error
 
 
+def check_local_data(config: CalibrationConfig) -> None:
+    """Look whether data on this machine are there and have their text column, without reading more than a first chunk.
+
+    Datasets of the Hub are not asked for, streams are not started, and a `.json` file, which has no first row until
+    all of it is parsed, is not opened.
+
+    Raises:
+        `CalibrationError`: what reading the data would raise, before the model's weights are loaded for nothing.
+    """
+    if config.kind == "mixture":
+        for part in config.dataset:
+            check_local_data(part)
+        return
+    rows = config.dataset if config.kind == "rows" and config.dataset.features is not None else None
+    # Transformers builds its skeletons with meta as the default device, where `datasets` cannot share its counters.
+    with torch.device("cpu"):
+        if config.kind == "source" and (files := _local_files(config)):
+            suffix = files[0].suffix.lower()
+            if suffix == ".txt":
+                _require_no_column(config)
+            elif suffix != ".json":
+                rows = open_rows(config.model_copy(update={"streaming": True}))
+        if rows is not None and config.data_collator is None:
+            _column(config, rows)
+
+
 def read_texts(
     config: CalibrationConfig,
     processing_class: Any,
@@ -107,8 +133,7 @@ def read_texts(
     """
     files = _local_files(config) if config.kind == "source" else []
     if files and files[0].suffix.lower() == ".txt":
-        if config.text_column is not None:
-            raise CalibrationError(f"{title(config)} is plain text without columns; leave `text_column` out.")
+        _require_no_column(config)
         fragments = guarded(config, _file_fragments(files))
     else:
         rows = open_rows(config, token=token, cache_dir=cache_dir)
@@ -126,6 +151,11 @@ def read_texts(
                 piece, characters = [], 0
     if piece:
         yield "".join(piece)
+
+
+def _require_no_column(config: CalibrationConfig) -> None:
+    if config.text_column is not None:
+        raise CalibrationError(f"{title(config)} is plain text without columns; leave `text_column` out.")
 
 
 def _file_fragments(files: list[Path]) -> Iterator[str]:

@@ -28,7 +28,9 @@ Portable = Annotated[
     bool | None,
     typer.Option("--portable/--no-portable", help="Write a plain model that loads without hf_compress (MLP alone)."),
 ]
-Order = Annotated[str | None, typer.Option(help="dense (one pass) or sequential (inputs from the compressed prefix).")]
+Order = Annotated[
+    str | None, typer.Option(help="auto, dense (one pass) or sequential (inputs from the compressed prefix).")
+]
 ValueOutput = Annotated[str | None, typer.Option(help="joint (one SVD a group of heads) or per_head.")]
 Skip = Annotated[
     list[str] | None, typer.Option("--modules-to-not-convert", help="A module to leave as it is; may be repeated.")

@@ -78,9 +78,11 @@ def run(
 
     import hf_compress
 
+    from ..calibration.sources import check_local_data
     from ..evaluation import size_on_disk
     from .loading import load_model, load_tokenizer
 
+    check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)

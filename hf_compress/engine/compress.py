@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, find_record, known_model_types, resolve_anatomy, text_config
+from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
+from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
@@ -104,9 +105,8 @@ def prepare(
 
     Raises:
         UnsupportedModelError, ConfigurationError: see `compress`.
-        CalibrationError: a stage that needs data and has none.
+        CalibrationError: a stage that needs data and has none, or data on this machine that cannot be read.
     """
-    _require_decoder(model)
     anatomy = resolve_anatomy(model)
     methods = [create_method(stage, anatomy) for stage in recipe.stages]
     kinds = [type(stage) for stage in recipe.stages]
@@ -117,12 +117,15 @@ def prepare(
         )
     sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
     for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
-        if method.needs_calibration and source is None:
+        if not method.needs_calibration:
+            continue
+        if source is None:
             raise CalibrationError(
                 f"{type(stage).__name__} needs calibration data and got none. Add calibration=CalibrationConfig("
                 'dataset="Salesforce/wikitext", name="wikitext-2-raw-v1", split="train") to the config, or '
                 "calibration=[...] (texts) to compress()."
             )
+        check_local_data(source)
     return anatomy, methods, sources
 
 
@@ -291,18 +294,6 @@ def _require_dense(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{meta!r} is on the meta device: the model is offloaded or has no weights. Load it whole with "
             "device_map=None or onto devices that hold it."
-        )
-
-
-def _require_decoder(model: PreTrainedModel) -> None:
-    """The families known so far are decoders; an encoder is told so rather than that its type is unknown."""
-    config = text_config(model)
-    base = model.base_model
-    encoder = hasattr(base, "encoder") and not hasattr(base, "decoder") and not getattr(config, "is_decoder", False)
-    if find_record(config.model_type) is None and (encoder or getattr(model.config, "is_encoder_decoder", False)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model, and only those are "
-            f"supported so far: {', '.join(known_model_types())}."
         )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..anatomy import resolve_anatomy
 from ..configuration import CompressionConfig, MethodConfig
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedModelError
 from .registry import create_method
 
 
@@ -58,7 +58,7 @@ def plan(
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
-        UnsupportedModelError: a family without an anatomy record.
+        UnsupportedModelError: a family without an anatomy record, or no decoder-only language model.
         ConfigurationError: a recipe that the model cannot meet.
     """
     recipe = CompressionConfig.wrap(config)
@@ -71,8 +71,7 @@ def plan(
             raise ConfigurationError(
                 f"{str(model)!r} is quantized or compressed already; plan for the dense original."
             )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read)
+        model = _skeleton(read)
         width = torch.empty(0, dtype=read.dtype or torch.float32).element_size()
     else:
         width = next(model.parameters()).element_size()
@@ -85,4 +84,18 @@ def plan(
         removed, memory = removed + expected.removed_weights, max(memory, expected.statistics_bytes)
     return CompressionPlan(
         matrices, matrices - removed, before, before - removed, before * width, (before - removed) * width, memory
+    )
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: a causal one, or whatever it is, for the error that says so."""
+    reason = ""
+    for auto_class in (AutoModelForCausalLM, AutoModel):
+        try:
+            with torch.device("meta"):
+                return auto_class.from_config(config)
+        except ValueError as error:
+            reason = reason or str(error)
+    raise UnsupportedModelError(
+        f"Transformers has no causal language model for model type {config.model_type!r}: {reason}"
     )

@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "search": {"allocation": "search"},
     "sequential": {"order": "sequential"},
-    "sequential, search": {"order": "sequential", "allocation": "search"},
+    "search in dense order": {"order": "dense", "allocation": "search"},
     "temperature auto": {"temperature": "auto"},
     "MLP only": {"kinds": ["mlp"]},
     "MLP only, paper's score": {"kinds": ["mlp"], "channel_score": "ridge_leverage"},
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--held-out", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--search-minutes", type=float, default=10.0)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -76,7 +77,12 @@ def main() -> None:
         for reduction in arguments.reduction:
             model = load()
             began = time.perf_counter()
-            config = ModularDecompositionConfig(reduction=reduction, calibration=source, **VARIANTS[variant])
+            config = ModularDecompositionConfig(
+                reduction=reduction,
+                calibration=source,
+                search_minutes=arguments.search_minutes,
+                **VARIANTS[variant],
+            )
             hf_compress.compress(model, config)
             seconds = time.perf_counter() - began
             report = model.compression_report

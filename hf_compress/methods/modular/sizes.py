@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ...anatomy import ModelAnatomy
 from ...engine.exclusion import is_excluded
@@ -39,11 +38,13 @@ class Geometry:
     Args:
         modules: every module that can give, block by block.
         block_linear: elements of all matrices of the blocks, whether they can give or not.
+        kind_linear: the same for the matrices of each kind.
         left_alone: why a module of some block cannot give.
     """
 
     modules: tuple[ModuleGeometry, ...]
     block_linear: int
+    kind_linear: dict[Kind, int]
     left_alone: tuple[str, ...]
 
     @classmethod
@@ -51,25 +52,25 @@ class Geometry:
         modules: list[ModuleGeometry] = []
         left_alone: list[str] = []
         get = anatomy.model.get_submodule
-        total = 0
         for name in config.modules_to_not_convert:
             if not any(is_excluded(path, [name]) for path, _ in anatomy.model.named_modules()):
                 raise ConfigurationError(
                     f"modules_to_not_convert: {name!r} names no module of {type(anatomy.model).__name__}. Blocks are "
                     f"at {anatomy.block_paths[0]!r} and so on."
                 )
-        for path in anatomy.linear_paths():
-            matrix = get(path)
-            assert isinstance(matrix, nn.Linear)
-            total += matrix.in_features * matrix.out_features
+        of_kind: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         for block in range(len(anatomy)):
             for kind in KINDS:
-                part = _module(anatomy, config, block, kind)
+                paths = _matrix_paths(anatomy, block, kind)
+                if not paths:
+                    continue
+                of_kind[kind] += sum(get(path).weight.numel() for path in paths)
+                part = _module(anatomy, config, block, kind, paths)
                 if isinstance(part, str):
                     left_alone.append(part)
-                elif part is not None:
+                else:
                     modules.append(part)
-        return cls(tuple(modules), total, tuple(left_alone))
+        return cls(tuple(modules), sum(of_kind.values()), of_kind, tuple(left_alone))
 
     def weights(self, kind: Kind | None = None) -> int:
         """Weights of all modules that can give, of one kind if asked."""
@@ -89,21 +90,24 @@ class Geometry:
         return sum((m.size - sizes[m.block][m.kind]) * m.cost for m in self.modules)
 
 
-def _module(
-    anatomy: ModelAnatomy, config: ModularDecompositionConfig, block: int, kind: Kind
-) -> ModuleGeometry | str | None:
-    """A block's module of a kind; a reason if it cannot give; `None` if the family has no such module."""
-    get = anatomy.model.get_submodule
+def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
+    """The projections of a kind; none if the family's record has no such module."""
     if kind == "mlp":
         if anatomy.record.mlp is None:
-            return None
+            return []
         roles = ("up", "gate", "down") if anatomy.mlp.gate else ("up", "down")
-        paths = [anatomy.mlp_path(block, role) for role in roles]
-    else:
-        if anatomy.record.attention is None:
-            return None
-        roles = ("query", "key") if kind == "query_key" else ("value", "output")
-        paths = [anatomy.attention_path(block, role) for role in roles]
+        return [anatomy.mlp_path(block, role) for role in roles]
+    if anatomy.record.attention is None:
+        return []
+    roles = ("query", "key") if kind == "query_key" else ("value", "output")
+    return [anatomy.attention_path(block, role) for role in roles]
+
+
+def _module(
+    anatomy: ModelAnatomy, config: ModularDecompositionConfig, block: int, kind: Kind, paths: list[str]
+) -> ModuleGeometry | str:
+    """A block's module of a kind, or the reason why it cannot give."""
+    get = anatomy.model.get_submodule
     matrices = [get(path) for path in paths]
     excluded = next((path for path in paths if is_excluded(path, config.modules_to_not_convert)), None)
     if excluded is not None:
@@ -136,7 +140,12 @@ def kind_reductions(
         ConfigurationError: the reduction is beyond what the kinds can give; the message says how far they reach.
     """
     if isinstance(config.reduction, dict):
-        shares = {kind: share for kind, share in config.reduction.items() if share > 0}
+        # Of all matrices of the kind, as the one number is of all matrices of the blocks.
+        shares = {
+            kind: share * geometry.kind_linear[kind] / max(geometry.weights(kind), 1)
+            for kind, share in config.reduction.items()
+            if share > 0
+        }
     else:
         available = sum(geometry.weights(kind) for kind in kinds)
         wanted = config.reduction * geometry.block_linear
