@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_compress.calibration.configuration import CalibrationConfig
 from hf_compress.calibration.data import load_calibration_data
+from hf_compress.calibration.sources import check_local_data
 from hf_compress.errors import CalibrationError
 
 
@@ -307,3 +308,50 @@ class TestHub:
             assert expected in str(caught.value)
         assert "hf_secret" not in str(caught.value)
         assert caught.value.__cause__ is not None
+
+
+class TestLookingAhead:
+    """What is seen before anything is loaded: local data only, and the same errors as when they are read."""
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet", ".csv"])
+    def test_good_files_pass(self, tmp_path: Path, suffix: str) -> None:
+        path = write(tmp_path, suffix, TEXTS[:1] * 3)
+        check_local_data(CalibrationConfig(path))
+        check_local_data(CalibrationConfig([CalibrationConfig(path), CalibrationConfig(["a text"])]))
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
+    def test_missing_column(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str) -> None:
+        config = CalibrationConfig(write(tmp_path, suffix, TEXTS[:1] * 3), text_column="body")
+        with pytest.raises(CalibrationError, match="text_column") as late:
+            load_calibration_data(config, tokenizer, cache_dir=tmp_path / "cache")
+        with pytest.raises(CalibrationError) as early:
+            check_local_data(config)
+        assert str(early.value) == str(late.value)
+
+    def test_missing_column_of_a_dataset_in_memory(self) -> None:
+        with pytest.raises(CalibrationError, match=r"no column that is plainly the text.*\['a', 'b'\]"):
+            check_local_data(CalibrationConfig(datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]})))
+
+    def test_a_column_that_the_first_row_leaves_out(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_text('{"a": 1, "b": 2}\n{"a": 1, "text": "here"}\n')
+        check_local_data(CalibrationConfig(tmp_path / "rows.jsonl"))
+
+    def test_missing_path_in_a_mixture(self, tmp_path: Path) -> None:
+        parts = [CalibrationConfig(["a text"]), CalibrationConfig(tmp_path / "none")]
+        with pytest.raises(CalibrationError, match="is no file or folder"):
+            check_local_data(CalibrationConfig(parts))
+
+    def test_examples_for_a_collator_need_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "rows.jsonl").write_text('{"a": 1, "b": 2}\n')
+        check_local_data(CalibrationConfig(tmp_path / "rows.jsonl", data_collator=lambda rows: {}))
+        with pytest.raises(CalibrationError, match="is no file or folder"):
+            check_local_data(CalibrationConfig(tmp_path / "none.jsonl", data_collator=lambda rows: {}))
+
+    def test_the_hub_is_not_asked_and_no_stream_is_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def untouched(*_: Any, **__: Any) -> Any:
+            raise AssertionError("read although only local data may be looked at")
+            yield
+
+        monkeypatch.setattr(datasets, "load_dataset", untouched)
+        check_local_data(CalibrationConfig("org/name", name="raw"))
+        check_local_data(CalibrationConfig(datasets.IterableDataset.from_generator(untouched)))

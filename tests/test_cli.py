@@ -171,6 +171,7 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("run", "MODEL", "OUT", "--dataset", "TEXT", "--reduction", "0.2", "--dtype", "int3"), "unknown dtype"),
         (("run", "./nowhere", "OUT", "--dataset", "TEXT", "--reduction", "0.2"), "no folder './nowhere'"),
         (("run", "EMPTY", "OUT", "--dataset", "TEXT", "--reduction", "0.2"), "could not load"),
+        (("run", "EMPTY", "OUT", "--dataset", "./none.txt", "--reduction", "0.2"), "'./none.txt' is no file"),
         (("run", "MODEL", "OUT", "--dataset", "TEXT", "--reduction", "0.2", "--num-samples", "0"), "num_samples"),
         (("run", "MODEL", "OUT", "--dataset", "TEXT", "--split", "a", "--split", "b"), "--split was given 2 times"),
         (

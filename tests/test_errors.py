@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
 )
 
 import hf_compress
@@ -52,6 +53,28 @@ def test_unreachable_reduction_stops_before_the_weights(dense: Path, monkeypatch
         AutoModelForCausalLM.from_pretrained(dense, compression_config=recipe(reduction=0.9, kinds=["mlp"]))
     with pytest.raises(CalibrationError, match="Add calibration="):
         AutoModelForCausalLM.from_pretrained(dense, compression_config=recipe(calibration=None))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("no/such/texts.txt", {}, "is no file or folder"),
+        ("rows.jsonl", {"text_column": "body"}, "no column 'body'"),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["compression_config", "quantization_config"])
+def test_missing_calibration_data_stop_before_the_weights(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, keyword: str, dataset: str, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(dense)
+    Path("rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel._load_pretrained_model", interrupt)
+    config = recipe(calibration=CalibrationConfig(dataset, **options))
+    with pytest.raises(CalibrationError, match=message):
+        AutoModelForCausalLM.from_pretrained(dense, **{keyword: config})
+    # Nothing is to be measured, so nothing is missing.
+    with pytest.raises(KeyboardInterrupt):
+        AutoModelForCausalLM.from_pretrained(dense, **{keyword: config.model_copy(update={"reduction": 0.0})})
 
 
 def test_nan_weights_are_named() -> None:
@@ -103,9 +126,25 @@ def test_no_held_out_sequences() -> None:
         ),
     ],
 )
-def test_unknown_families_say_what_was_found(build: Any, message: str) -> None:
+def test_unknown_families_say_what_was_found(build: Any, message: str, tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(UnsupportedModelError, match=message) as found:
+        hf_compress.compress(model, recipe())
+    with pytest.raises(UnsupportedModelError) as planned:
+        hf_compress.plan(model, recipe())
+    assert str(planned.value) == str(found.value)
+    # From the config alone the class is not known: Transformers may know another one for it.
+    model.config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=message):
-        hf_compress.compress(build(), recipe())
+        hf_compress.plan(tmp_path, recipe())
+
+
+def test_a_model_without_text_is_refused_by_plan(tmp_path: Path) -> None:
+    ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UnsupportedModelError, match="'vit'"):
+        hf_compress.plan(tmp_path, recipe())
 
 
 @pytest.mark.usefixtures("unchecked_types")
