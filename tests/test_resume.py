@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_KINDS, calibration, make_model, recipe, token_ids
+from conftest import ALL_KINDS, calibration, interrupt, make_model, recipe, token_ids
 
 import hf_compress
 from hf_compress import ResumeError
+from hf_compress.engine import resume
 from hf_compress.methods.modular import method as modular_method
 
 
@@ -86,3 +88,28 @@ def test_a_damaged_block_is_named(tmp_path: Path) -> None:
     again = hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path).state_dict()
     whole = hf_compress.compress(make_model("llama"), recipe()).state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill leaves no time to clean up: here the last step of every write, the move into place, never happens."""
+    stage = tmp_path / "stage-0"
+    with monkeypatch.context() as killed:
+        killed.setattr(resume, "_replace", lambda temporary, path: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    assert [file.name for file in stage.iterdir()] == [f".state.json.{os.getpid()}"]
+    with monkeypatch.context() as killed:
+        killed.setattr(resume, "save_file", lambda tensors, path, metadata: interrupt(path.write_bytes(b"half")))
+        with pytest.raises(KeyboardInterrupt):
+            hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    left = stage / f".block-00000.safetensors.{os.getpid()}"
+    assert left.exists()
+    left.rename(stage / ".block-00000.safetensors.1")
+    (stage / ".notes.1").write_text("of the user")
+    with pytest.raises(ResumeError):
+        hf_compress.compress(make_model("llama"), recipe(reduction=0.2), working_directory=tmp_path)
+    assert (stage / ".block-00000.safetensors.1").exists(), "another run's folder is left as it is"
+    hf_compress.compress(make_model("llama"), recipe(), working_directory=tmp_path)
+    assert sorted(file.name for file in stage.iterdir()) == sorted(
+        [".notes.1", "state.json", *(f"block-{block:05d}.safetensors" for block in range(4))]
+    )

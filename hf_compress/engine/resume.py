@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from ..errors import ResumeError
 from ..layout import build_module, layout_entry
 from .report import ModuleReport
 from .session import BlockResult
+
+# What `write_atomically` and `keep` write until it is whole; the number is the process's.
+_TEMPORARY = re.compile(r"\.(state\.json|block-\d{5}\.safetensors)\.\d+")
 
 
 def model_checksum(model: nn.Module) -> str:
@@ -43,6 +47,13 @@ def _replace(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def _remove_temporaries(directory: Path) -> None:
+    """Remove what a killed run had not finished writing; its process number would never be met again."""
+    for file in directory.iterdir():
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink()
+
+
 class ResumePoint:
     """One stage's finished blocks under a directory; without a directory, nothing is kept.
 
@@ -62,6 +73,7 @@ class ResumePoint:
         directory.mkdir(parents=True, exist_ok=True)
         state = directory / "state.json"
         if not state.exists():
+            _remove_temporaries(directory)
             write_atomically(state, json.dumps(self._state, indent=2))
             return
         try:
@@ -79,6 +91,7 @@ class ResumePoint:
                 f"the working directory {str(directory)!r} holds another run: {', '.join(differing)} differ. "
                 "Repeat the interrupted command unchanged, or name an empty working directory."
             )
+        _remove_temporaries(directory)
         self._state = found
 
     @property
