@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -12,7 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.report import CompressionReport
@@ -132,12 +134,23 @@ def _from_gguf(
     """Transformers refuses a GGUF file together with a quantization: load it dequantized, then compress."""
     from transformers import GgufConfig
 
-    from .engine.compress import compress
+    # The engine reports through the quantizer, which imports this module.
+    from .engine.compress import compress, prepare
 
-    model = original(cls, name, *args, quantization_config=GgufConfig(dequantize=True), **kwargs)
+    config = kwargs.get("config")
+    if not isinstance(config, PretrainedConfig):
+        config = cls.config_class.from_pretrained(config or name, **shared)
+    with torch.device("meta"):
+        skeleton = cls(copy.deepcopy(config), *args)
+    # Whether the recipe can be met shows before the file is dequantized, which takes longest.
+    prepare(skeleton, recipe)
+    loaded = original(cls, name, *args, quantization_config=GgufConfig(dequantize=True), **kwargs)
+    # With output_loading_info=True there is a dictionary beside the model.
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
-    return compress(model, recipe, load_arguments=shared)
+    compress(model, recipe, load_arguments=shared)
+    return loaded
 
 
 def _save_pretrained(

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from conftest import ALL_KINDS, calibration, make_model, recipe, token_ids
+from conftest import ALL_KINDS, calibration, interrupt, make_model, recipe, token_ids
 from transformers import (
     AutoModelForCausalLM,
+    GgufConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     pipeline,
@@ -20,6 +22,8 @@ import hf_compress
 from hf_compress import (
     Anatomy,
     AttentionAnatomy,
+    CalibrationConfig,
+    CalibrationError,
     CompressionConfig,
     ConfigurationError,
     MlpAnatomy,
@@ -135,17 +139,71 @@ def test_the_random_state_of_the_caller_is_kept() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_gguf_file_is_unpacked_and_compressed(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real file is a benchmark's and the demo's; here, that the pair of arguments reaches the right places."""
-    seen: dict[str, Any] = {}
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama in a GGUF file and nothing else."""
+    folder = tmp_path_factory.mktemp("gguf")
+    model = make_model("llama")
+    config = model.config
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
 
-    def load(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.update(kwargs)
-        return make_model("llama")
 
-    model = integration._from_pretrained(
-        load, LlamaForCausalLM, str(dense), gguf_file="m.gguf", compression_config=recipe()
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained])
+@pytest.mark.parametrize("keyword", ["compression_config", "quantization_config"])
+def test_a_gguf_file_is_unpacked_and_compressed(gguf_folder: Path, keyword: str, load: Any) -> None:
+    model = load(gguf_folder, gguf_file="m.gguf", **{keyword: recipe()})
+    assert layout_of(model)
+    dense = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file="m.gguf", quantization_config=GgufConfig(dequantize=True)
+    )
+    assert torch.equal(logits(model), logits(hf_compress.compress(dense, recipe())))
+
+
+@pytest.mark.parametrize("source", ["dense", "gguf"])
+def test_loading_info_comes_beside_the_compressed_model(source: str, dense: Path, gguf_folder: Path) -> None:
+    options = {"gguf_file": "m.gguf"} if source == "gguf" else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        gguf_folder if source == "gguf" else dense, compression_config=recipe(), output_loading_info=True, **options
     )
     assert layout_of(model)
-    assert seen["quantization_config"].dequantize is True
-    assert seen["gguf_file"] == "m.gguf"
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"reduction": 0.9, "kinds": ["mlp"]}, ConfigurationError, r"reaches reduction=0\."),
+        ({"calibration": None}, CalibrationError, "Add calibration="),
+        ({"calibration": CalibrationConfig("no/such/texts.txt")}, CalibrationError, "is no file or folder"),
+    ],
+)
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained])
+def test_a_gguf_file_is_not_unpacked_for_a_recipe_that_cannot_be_met(
+    gguf_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    load: Any,
+    fields: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.GgufHfQuantizer.get_state_dict", interrupt)
+    with pytest.raises(error, match=message):
+        load(gguf_folder, gguf_file="m.gguf", compression_config=recipe(**fields))
