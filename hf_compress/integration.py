@@ -6,15 +6,21 @@ import copy
 import functools
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import PeftAdapterMixin
 
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.report import CompressionReport
@@ -31,6 +37,8 @@ _SHARED_ARGUMENTS = (
     "trust_remote_code",
     "gguf_file",
 )
+# Attribute of a wrapper: what stood in its place.
+_ORIGINAL = "_hf_compress_original"
 _LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments", default=None)
 
 
@@ -49,22 +57,35 @@ def _load_arguments(arguments: dict[str, Any]) -> Iterator[None]:
 
 
 def install() -> None:
-    """Wrap `from_pretrained`, `save_pretrained` and `push_to_hub` of `PreTrainedModel`; idempotent."""
-    if hasattr(PreTrainedModel.from_pretrained, "_hf_compress_original"):
+    """Wrap `from_pretrained`, `save_pretrained`, `push_to_hub` and what attaches PEFT's adapters; idempotent."""
+    if hasattr(PreTrainedModel.from_pretrained, _ORIGINAL):
         return
     from_pretrained = PreTrainedModel.__dict__["from_pretrained"]
     PreTrainedModel.from_pretrained = classmethod(_marked(_from_pretrained, from_pretrained.__func__, from_pretrained))
-    for name, wrapper in (("save_pretrained", _save_pretrained), ("push_to_hub", _push_to_hub)):
-        original = PreTrainedModel.__dict__[name]
-        setattr(PreTrainedModel, name, _marked(wrapper, original, original))
+    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
+    _wrap(PreTrainedModel, "push_to_hub", _push_to_hub)
+    _wrap(PeftAdapterMixin, "add_adapter", _add_adapter)
+    if "peft" in sys.modules:
+        _wrap_peft()
+    sys.meta_path.insert(0, _PEFT_FINDER)
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    for name in ("from_pretrained", "save_pretrained", "push_to_hub"):
-        original = getattr(getattr(PreTrainedModel, name), "_hf_compress_original", None)
+    wrapped = [(PreTrainedModel, name) for name in ("from_pretrained", "save_pretrained", "push_to_hub")]
+    wrapped += [(PeftAdapterMixin, "add_adapter"), *((owner, "__init__") for owner in _peft_classes())]
+    for owner, name in wrapped:
+        original = getattr(getattr(owner, name), _ORIGINAL, None)
         if original is not None:
-            setattr(PreTrainedModel, name, original)
+            setattr(owner, name, original)
+    if _PEFT_FINDER in sys.meta_path:
+        sys.meta_path.remove(_PEFT_FINDER)
+
+
+def _wrap(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
+    original = owner.__dict__[name]
+    if not hasattr(original, _ORIGINAL):
+        setattr(owner, name, _marked(wrapper, original, original))
 
 
 def _marked(wrapper: Callable[..., Any], function: Callable[..., Any], original: Any) -> Callable[..., Any]:
@@ -72,7 +93,7 @@ def _marked(wrapper: Callable[..., Any], function: Callable[..., Any], original:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(function, *args, **kwargs)
 
-    wrapped._hf_compress_original = original  # type: ignore[attr-defined]
+    setattr(wrapped, _ORIGINAL, original)
     return wrapped
 
 
@@ -171,8 +192,7 @@ def _save_pretrained(
         # A fresh model built from a compressed model's config is dense: a layout beside it would be a lie.
         del model.config.quantization_config
         ours = False
-    unsaved = isinstance(getattr(model, "compression_report", None), CompressionReport) and not model.name_or_path
-    if not (ours or unsaved) or getattr(model, "_hf_peft_config_loaded", False):
+    if not (ours or _is_unsaved(model)) or getattr(model, "_hf_peft_config_loaded", False):
         return original(model, save_directory, *args, **kwargs)
     target = Path(save_directory)
     writes_here = kwargs.get("is_main_process", args[0] if args else True)
@@ -187,6 +207,11 @@ def _save_pretrained(
     # An adapter trained on this model must name the compressed checkpoint, not the dense base.
     model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
     return result
+
+
+def _is_unsaved(model: Any) -> bool:
+    """A model that was compressed here and has no name of its own yet."""
+    return isinstance(getattr(model, "compression_report", None), CompressionReport) and not model.name_or_path
 
 
 def _push_to_hub(original: Callable[..., Any], model: PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -214,3 +239,60 @@ def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:
     for old in target.iterdir():
         if weight_file.fullmatch(old.name) and old.name not in names:
             old.unlink()
+
+
+class _PeftFinder(MetaPathFinder):
+    """Wraps PEFT when the user imports it. Importing it from here would cost seconds to those who do not use it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "peft" else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                _wrap_peft()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_PEFT_FINDER = _PeftFinder()
+
+
+def _peft_classes() -> list[type[Any]]:
+    """What `peft.get_peft_model` and `PeftModel.from_pretrained` build; none before the user has imported PEFT."""
+    names = ("PeftModel", "PeftMixedModel")
+    return [getattr(sys.modules["peft"], name) for name in names if hasattr(sys.modules.get("peft"), name)]
+
+
+def _wrap_peft() -> None:
+    for owner in _peft_classes():
+        _wrap(owner, "__init__", _init_peft_model)
+
+
+def _init_peft_model(
+    original: Callable[..., Any], peft_model: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    # An adapter that was trained before and is loaded here has a name of its base already.
+    if not peft_config.base_model_name_or_path:
+        _warn_if_unsaved(model)
+    original(peft_model, model, peft_config, *args, **kwargs)
+
+
+def _add_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    _warn_if_unsaved(model)
+    return original(model, *args, **kwargs)
+
+
+def _warn_if_unsaved(model: Any) -> None:
+    if _is_unsaved(model):
+        warnings.warn(
+            "the adapter is attached to a compressed model that has not been saved, so it cannot name the model that "
+            "it belongs to. Call model.save_pretrained(...) first: the adapter then names the compressed checkpoint.",
+            stacklevel=4,
+        )

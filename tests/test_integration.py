@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gguf
 import pytest
 import torch
 from conftest import ALL_KINDS, calibration, interrupt, make_model, recipe, token_ids
+from peft import PeftMixedModel, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     GgufConfig,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
+from transformers.integrations import PeftAdapterMixin
 
 import hf_compress
 from hf_compress import (
@@ -60,14 +63,29 @@ def test_quantization_config_needs_no_wrapper(dense: Path) -> None:
 
 
 def test_install_is_idempotent_and_reversible() -> None:
-    wrapped = PreTrainedModel.__dict__["from_pretrained"]
+    places = [
+        (PreTrainedModel, "from_pretrained"),
+        (PreTrainedModel, "save_pretrained"),
+        (PreTrainedModel, "push_to_hub"),
+        (PeftAdapterMixin, "add_adapter"),
+        (PeftModel, "__init__"),
+        (PeftMixedModel, "__init__"),
+    ]
+
+    def wrapped() -> list[Any]:
+        return [owner.__dict__[name] for owner, name in places]
+
+    before, finders = wrapped(), list(sys.meta_path)
     integration.install()
-    assert PreTrainedModel.__dict__["from_pretrained"] is wrapped
+    assert wrapped() == before
+    assert sys.meta_path == finders
     integration.uninstall()
-    assert not hasattr(PreTrainedModel.from_pretrained, "_hf_compress_original")
-    assert not hasattr(PreTrainedModel.save_pretrained, "_hf_compress_original")
+    integration.uninstall()
+    assert not any(hasattr(getattr(owner, name), "_hf_compress_original") for owner, name in places)
+    assert len(sys.meta_path) == len(finders) - 1
     integration.install()
-    assert hasattr(PreTrainedModel.from_pretrained, "_hf_compress_original")
+    assert all(hasattr(getattr(owner, name), "_hf_compress_original") for owner, name in places)
+    assert sys.meta_path == finders
 
 
 def test_other_models_load_and_save_as_ever(dense: Path, tmp_path: Path) -> None:

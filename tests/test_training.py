@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import compressed, make_model, token_ids
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from conftest import compressed, make_model, recipe, token_ids
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 IDS = token_ids(2, 16, seed=7)
@@ -87,13 +91,59 @@ def test_lora_on_all_linear(saved: PreTrainedModel, tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded), logits(merged))
 
 
-def test_an_adapter_on_an_unsaved_model_does_not_name_the_dense_base(tmp_path: Path) -> None:
-    make_model("llama").save_pretrained(tmp_path)
-    from conftest import recipe
+def get_peft(model: Any, **options: Any) -> Any:
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", r=2), **options)
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=recipe())
-    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+
+ATTACH: dict[str, Callable[[Any], Any]] = {
+    "get_peft_model": get_peft,
+    "mixed": lambda model: get_peft(model, mixed=True),
+    "prompt tuning": lambda model: get_peft_model(
+        model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    ),
+    "add_adapter": lambda model: model.add_adapter(LoraConfig(target_modules=["q_proj"], r=2)),
+}
+
+
+@pytest.mark.parametrize("attach", list(ATTACH))
+@pytest.mark.parametrize("fields", [{}, {"portable": True, "kinds": "auto"}], ids=["decomposed", "portable"])
+def test_an_adapter_warns_until_the_model_is_saved(attach: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has not been saved.*model\.save_pretrained"):
+        ATTACH[attach](compressed("llama", **fields))
+    saved = compressed("llama", **fields)
+    saved.save_pretrained(tmp_path)
+    for model in (saved, AutoModelForCausalLM.from_pretrained(tmp_path), make_model("llama")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            ATTACH[attach](model)
+
+
+def test_a_trained_adapter_is_loaded_without_a_warning(saved: PreTrainedModel, tmp_path: Path) -> None:
+    get_peft(saved).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(compressed("llama"), tmp_path / "adapter")
+
+
+def test_an_adapter_on_an_unsaved_model_does_not_name_the_dense_base(dense: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense, compression_config=recipe())
+    with pytest.warns(UserWarning, match="has not been saved"):
+        tuned = get_peft(model)
     assert not tuned.peft_config["default"].base_model_name_or_path
+
+
+def test_peft_is_wrapped_when_the_user_imports_it_and_not_before() -> None:
+    code = (
+        "import sys, hf_compress\n"
+        "assert 'peft' not in sys.modules, 'imported for a user who may not need it'\n"
+        "import peft\n"
+        "assert hasattr(peft.PeftModel.__init__, '_hf_compress_original')\n"
+        "hf_compress.integration.uninstall()\n"
+        "assert not hasattr(peft.PeftModel.__init__, '_hf_compress_original')\n"
+        "assert not any('hf_compress' in type(finder).__module__ for finder in sys.meta_path)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("unchecked_types")
