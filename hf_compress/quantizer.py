@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.output_capturing import install_output_capuring_hook
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration import QUANT_METHOD, CompressionConfig
@@ -105,6 +106,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         model.is_quantized = False
         if not hasattr(model, "compression_report"):
             model.compression_report = CompressionReport.from_provenance(self.quantization_config.provenance)
+        for module in list(model.modules()):
+            _record_outputs(model, module, getattr(module, "recorded_outputs", ()))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called first in `save_pretrained`: the layout is derived afresh from what the model is now."""
@@ -145,8 +148,26 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             reference = next(module.parameters())
             dense.to(reference.dtype).to_empty(device=reference.device)
             dense.load_state_dict(state)
+            _record_outputs(model, dense, getattr(module, "recorded_outputs", ()))
             model.set_submodule(path, dense.to(dtype or reference.dtype).train(module.training))
         return model
+
+
+def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[str, ...]) -> None:
+    """Let `output_attentions=True` find a module that has taken the place of another.
+
+    Transformers hooks the modules whose class stands in a table of the model's class, once, when outputs are first
+    asked for. As its own `patch_output_recorders` does, this changes the table for all models of the class; those
+    without modules of ours do not notice.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for output in outputs:
+        for table in (part.can_record_outputs for part in parts if output in part.can_record_outputs):
+            known = table[output] if isinstance(table[output], list) else [table[output]]
+            if type(module) not in known:
+                table[output] = [*known, type(module)]
+        if any(getattr(part, "_output_capturing_hooks_installed", False) for part in parts):
+            install_output_capuring_hook(module, output, index=1)
 
 
 def register() -> None:

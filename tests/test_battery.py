@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,65 @@ def test_attention_back_ends_agree(family: str, implementation: str) -> None:
     reference = logits(model)
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+
+
+def recorded(model: PreTrainedModel, **options: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+    """What the blocks and their attentions returned, by hooks of our own, and what the model recorded."""
+    blocks = model.get_decoder().layers
+    hidden: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+
+    def keep_hidden(_: torch.nn.Module, __: object, output: Any) -> None:
+        hidden.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep_hidden) for block in blocks]
+    handles += [block.self_attn.register_forward_hook(lambda *call: weights.append(call[2][1])) for block in blocks]
+    with torch.no_grad():
+        output = model(IDS, **options)
+    for handle in handles:
+        handle.remove()
+    return hidden, weights, output
+
+
+def test_attentions_and_hidden_states_of_all_blocks_are_recorded(family: str, tmp_path: Path) -> None:
+    model = compressed(family)
+    types = {type(block.self_attn) for block in model.get_decoder().layers}
+    assert len(types) == 2, "some blocks dense and some decomposed"
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (model, again):
+        each.set_attn_implementation("eager")
+        for _ in range(2):  # hooks are installed at the first call and must not pile up
+            hidden, weights, output = recorded(each, output_attentions=True, output_hidden_states=True)
+            assert len(weights) == len(output.attentions) == 4
+            assert all(torch.equal(a, b) for a, b in zip(output.attentions, weights, strict=True))
+            assert all(a.shape == (3, 4, 20, 20) for a in output.attentions)
+            for attention in output.attentions:
+                torch.testing.assert_close(attention.sum(-1), torch.ones(3, 4, 20))
+            assert len(output.hidden_states) == 5
+            # The last one is recorded after the final norm.
+            assert all(torch.equal(a, b) for a, b in zip(output.hidden_states[1:-1], hidden[:-1], strict=True))
+        assert recorded(each)[2].attentions is None
+
+
+def test_attentions_asked_for_before_are_recorded_after() -> None:
+    """Transformers installs its hooks once; modules that change place later must be hooked as well."""
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    assert len(recorded(model, output_attentions=True)[2].attentions) == 4
+    hf_compress.compress(model, recipe(kinds=ALL_KINDS))
+    before = recorded(model, output_attentions=True)[2].attentions
+    assert len(before) == 4
+    model.dequantize()
+    after = recorded(model, output_attentions=True)[2].attentions
+    for first, second in zip(before, after, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_can_be_pickled(family: str, tmp_path: Path) -> None:
+    model = compressed(family)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
 
 
 def test_gradients_reach_every_parameter(family: str) -> None:

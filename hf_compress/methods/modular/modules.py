@@ -48,6 +48,7 @@ class DecomposedAttention(nn.Module):
     """
 
     layout_type: ClassVar[str] = "attention"
+    recorded_outputs: ClassVar[tuple[str, ...]] = ("attentions",)
     rotary_pairs: Tensor | None
 
     def __init__(
