@@ -17,6 +17,8 @@ from ...layout import checked_size, register_module_type
 
 # Fused attention kernels want equal head sizes in multiples of this.
 KERNEL_MULTIPLE = 8
+# The least that flex_attention takes on a GPU.
+FLEX_MINIMUM = 16
 
 
 class HeadRMSNorm(nn.Module):
@@ -136,7 +138,7 @@ class DecomposedAttention(nn.Module):
         self,
         hidden_states: Float[Tensor, "batch tokens hidden"],
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,  # of the back end's kind: a tensor, or the BlockMask of flex_attention
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -180,7 +182,7 @@ class DecomposedAttention(nn.Module):
         query: Float[Tensor, "batch heads tokens qk"],
         key: Float[Tensor, "batch kv_heads context qk"],
         value: Float[Tensor, "batch kv_heads context v"],
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "batch tokens heads v"], Tensor | None]:
         name: str = self.config._attn_implementation
@@ -189,7 +191,7 @@ class DecomposedAttention(nn.Module):
         if self.record.sliding_window:
             kwargs["sliding_window"] = self.sliding_window
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
-        width = self._kernel_width(name)
+        width = self._kernel_width(name, paged=kwargs.get("cache") is not None)
         mixed, weights = attention(
             self,
             _pad(query, width),
@@ -202,15 +204,18 @@ class DecomposedAttention(nn.Module):
         )
         return mixed[..., : self.value_dim], weights
 
-    def _kernel_width(self, implementation: str) -> int | None:
+    def _kernel_width(self, implementation: str, paged: bool = False) -> int | None:
         """The head size handed to the attention function; `None` leaves the sizes as they are.
 
         Fused kernels take equal sizes only; with unequal ones `scaled_dot_product_attention` falls back to plain
-        products, slower than the padding even for a single new token.
+        products, slower than the padding even for a single new token. The paged cache of continuous batching, which
+        the attention function fills itself, has the dense head size in every block.
         """
-        if self.query_key_dim == self.value_dim or implementation == "eager":
+        if paged:
+            return self.head_dim
+        widest = max(self.query_key_dim, self.value_dim, FLEX_MINIMUM if implementation == "flex_attention" else 0)
+        if implementation == "eager" or self.query_key_dim == self.value_dim == widest:
             return None
-        widest = max(self.query_key_dim, self.value_dim)
         return -(-widest // KERNEL_MULTIPLE) * KERNEL_MULTIPLE
 
     def check_tensors(self) -> None:
