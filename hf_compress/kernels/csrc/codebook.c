@@ -1,0 +1,98 @@
+/* Entry points for ctypes: choice of the instruction set, threads, and the preparation that all rows share. */
+#include "codebook.h"
+
+#include <stdlib.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* GOMP_parallel of the OpenMP runtime that torch runs on: a second runtime's threads would fight with it. */
+typedef void (*parallel_function)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+static const hfc_kernels *active;
+static parallel_function parallel;
+
+static const hfc_kernels *kernels_of(int32_t set) {
+    switch (set) {
+    case 0: return hfc_kernels_scalar();
+    case 1: return hfc_kernels_neon();
+    case 2: return hfc_kernels_avx2();
+    case 3: return hfc_kernels_avx512();
+    default: return NULL;
+    }
+}
+
+EXPORT int32_t hfc_version(void) { return HFC_VERSION; }
+
+/* Whether this processor runs an instruction set: 0 scalar, 1 NEON, 2 AVX2, 3 AVX-512. */
+EXPORT int32_t hfc_supported(int32_t set) { return kernels_of(set) != NULL; }
+
+/* To be called before anything else. `function` may be NULL: then all work stays in the calling thread. */
+EXPORT int32_t hfc_configure(int32_t set, void *function) {
+    active = kernels_of(set);
+    memcpy(&parallel, &function, sizeof parallel);
+    return active != NULL;
+}
+
+static void work(void *data) {
+    hfc_job *job = data;
+    float *scratch = NULL;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&job->next, HFC_CHUNK, __ATOMIC_RELAXED);
+        if (first >= job->last_row || __atomic_load_n(&job->status, __ATOMIC_RELAXED)) break;
+        if (!scratch) scratch = malloc(hfc_scratch_floats(job) * sizeof(float));
+        const int64_t last = first + HFC_CHUNK < job->last_row ? first + HFC_CHUNK : job->last_row;
+        const int32_t status = !scratch ? HFC_NO_MEMORY
+                               : job->x ? active->linear(job, first, last, scratch)
+                                        : active->dequantize(job, first, last, scratch);
+        if (status) __atomic_store_n(&job->status, status, __ATOMIC_RELAXED);
+    }
+    free(scratch);
+}
+
+static int32_t run(hfc_job *job, int32_t threads) {
+    const hfc_matrix *matrix = job->matrix;
+    const size_t codes = (size_t)matrix->codebook_count << matrix->bits;
+    float *tables = malloc(codes * sizeof(float));
+    if (!tables) return HFC_NO_MEMORY;
+    active->to_float(tables, matrix->codebooks, matrix->codebook_type, codes);
+    job->tables = tables;
+    if (threads > 1 && parallel) {
+        parallel(work, job, (unsigned)threads, 0);
+    } else {
+        work(job);
+    }
+    free(tables);
+    return job->status;
+}
+
+/* y (count, rows) = x (count, columns) W^T + bias; x, bias and y contiguous and of one type. */
+EXPORT int32_t hfc_linear(const hfc_matrix *matrix, const void *x, const void *bias, void *y, int64_t count,
+                          int32_t type, int32_t threads) {
+    const size_t columns = (size_t)matrix->columns, bytes = hfc_type_bytes(type);
+    const size_t stride = (size_t)matrix->units * HFC_UNIT;
+    float *copy = NULL;
+    if (type != HFC_FLOAT32 || stride != columns) {
+        copy = malloc((size_t)count * stride * sizeof(float));
+        if (!copy) return HFC_NO_MEMORY;
+        for (size_t i = 0; i < (size_t)count; i++) {
+            active->to_float(copy + i * stride, (const char *)x + i * columns * bytes, type, columns);
+            memset(copy + i * stride + columns, 0, (stride - columns) * sizeof(float));
+        }
+    }
+    hfc_job job = {.matrix = matrix, .x = copy ? copy : x, .stride = (int64_t)stride, .count = count, .bias = bias,
+                   .out = y, .type = type, .last_row = matrix->rows};
+    const int32_t status = run(&job, threads);
+    free(copy);
+    return status;
+}
+
+/* out (last - first, columns) = rows `first` to `last` of W. */
+EXPORT int32_t hfc_dequantize(const hfc_matrix *matrix, void *out, int64_t first, int64_t last, int32_t type,
+                              int32_t threads) {
+    hfc_job job = {.matrix = matrix, .out = out, .type = type, .first_row = first, .last_row = last, .next = first};
+    return run(&job, threads);
+}

@@ -1,0 +1,235 @@
+/* The loops, written once for every instruction set. The including file defines
+ *
+ *   TARGET                   function attribute that enables its instructions
+ *   ROW_BLOCK, X_BLOCK       rows of W and of x that are treated together
+ *   floats, table            16 floats; a table of 2^bits floats, ready for look-up
+ *   load, store              16 floats, unaligned
+ *   load_as, store_as        the same with conversion from or to an hfc_type
+ *   zero, add, multiply_add, sum
+ *   load_table, make_table   2^bits floats repeated to fill the registers; the table of these times a scale
+ *   look_up(bits, unit, half, table)
+ *
+ * A row of y is summed in the same order whatever block it falls into: results depend neither on the number of threads
+ * nor on the number of rows of x.
+ */
+#include "codebook.h"
+
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE void convert_in(float *to, const void *from, int32_t type, size_t count) {
+    const size_t bytes = hfc_type_bytes(type);
+    size_t i = 0;
+    for (; i + HFC_STEP <= count; i += HFC_STEP) store(to + i, load_as(type, (const char *)from + i * bytes));
+    if (i < count) {
+        char source[HFC_STEP * 4] = {0};
+        float converted[HFC_STEP];
+        memcpy(source, (const char *)from + i * bytes, (count - i) * bytes);
+        store(converted, load_as(type, source));
+        memcpy(to + i, converted, (count - i) * sizeof(float));
+    }
+}
+
+INLINE void store_some(int32_t type, void *to, floats value, size_t count) {
+    if (count == HFC_STEP) {
+        store_as(type, to, value);
+    } else {
+        char converted[HFC_STEP * 4];
+        store_as(type, converted, value);
+        memcpy(to, converted, count * hfc_type_bytes(type));
+    }
+}
+
+static TARGET void to_float(float *to, const void *from, int32_t type, size_t count) {
+    convert_in(to, from, type, count);
+}
+
+/* Row scales of rows [first, last) into scales (rows, groups); `spare` holds a chunk of floats. */
+INLINE void load_scales(const hfc_matrix *matrix, int64_t first, int64_t last, float *scales, float *spare) {
+    const size_t groups = (size_t)matrix->groups, rows = (size_t)(last - first);
+    const size_t skip = (size_t)first * groups * hfc_type_bytes(matrix->scale_type);
+    convert_in(scales, (const char *)matrix->scales + skip, matrix->scale_type, rows * groups);
+    if (matrix->row_scales) {
+        const size_t row_skip = (size_t)first * hfc_type_bytes(matrix->row_scale_type);
+        convert_in(spare, (const char *)matrix->row_scales + row_skip, matrix->row_scale_type, rows);
+        for (size_t row = 0; row < rows; row++)
+            for (size_t group = 0; group < groups; group++) scales[row * groups + group] *= spare[row];
+    }
+}
+
+/* The table of a row, or NULL if the row names a codebook that is not there. */
+INLINE const float *table_of(const hfc_job *job, int64_t row) {
+    const hfc_matrix *matrix = job->matrix;
+    int64_t index = 0;
+    if (matrix->row_codebook)
+        index = matrix->index_bytes == 2 ? ((const int16_t *)matrix->row_codebook)[row]
+                                         : ((const int32_t *)matrix->row_codebook)[row];
+    if (index < 0 || index >= matrix->codebook_count) return NULL;
+    return job->tables + ((size_t)index << matrix->bits);
+}
+
+/* out[i * HFC_CHUNK + r] = sum over columns of x[i, c] * W[row + r, c], for `rows` rows of W and `count` of x. */
+INLINE void block(const int bits, const int rows, const int count, const hfc_job *job, int64_t row,
+                  const float *const *tables, const float *scales, const float *x, float *out) {
+    const hfc_matrix *matrix = job->matrix;
+    const size_t words = (size_t)(matrix->units * bits), stride = (size_t)job->stride;
+    const uint32_t *codes = matrix->codes + (size_t)row * words;
+    floats base[ROW_BLOCK], sums[ROW_BLOCK][X_BLOCK];
+    table scaled[ROW_BLOCK];
+    UNROLL for (int r = 0; r < rows; r++) {
+        base[r] = load_table(bits, tables[r]);
+        scaled[r] = make_table(bits, base[r], scales[r * matrix->groups]);
+        UNROLL for (int i = 0; i < count; i++) sums[r][i] = zero();
+    }
+    for (int64_t unit = 0, next = matrix->group_units; unit < matrix->units; unit++, codes += bits, x += HFC_UNIT) {
+        if (unit == next) {
+            scales++;
+            next += matrix->group_units;
+            /* With many sums no register is left for the tables as they were. */
+            UNROLL for (int r = 0; r < rows; r++)
+                scaled[r] = make_table(bits, count > 2 ? load_table(bits, tables[r]) : base[r],
+                                       scales[r * matrix->groups]);
+        }
+        /* The next block's rows: the processor itself does not look across the end of a row. */
+        if (count <= 2)
+            UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(codes + (size_t)(r + rows) * words);
+        UNROLL for (int half = 0; half < 2; half++) {
+            UNROLL for (int r = 0; r < rows; r++) {
+                const floats weights = look_up(bits, codes + (size_t)r * words, half, scaled[r]);
+                UNROLL for (int i = 0; i < count; i++)
+                    sums[r][i] = multiply_add(weights, load(x + i * stride + half * HFC_STEP), sums[r][i]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++) out[i * HFC_CHUNK + r] = sum(sums[r][i]);
+}
+
+/* All rows of x against `rows` rows of W. */
+INLINE void rows_block(const int bits, const int rows, const hfc_job *job, int64_t row, const float *const *tables,
+                       const float *scales, float *out) {
+    int64_t i = 0;
+    for (; i + X_BLOCK <= job->count; i += X_BLOCK)
+        block(bits, rows, X_BLOCK, job, row, tables, scales, job->x + i * job->stride, out + i * HFC_CHUNK);
+#if X_BLOCK > 1
+    const float *x = job->x + i * job->stride;
+    out += i * HFC_CHUNK;
+    switch (job->count - i) {
+#if X_BLOCK > 3
+    case 3: block(bits, rows, 3, job, row, tables, scales, x, out); break;
+#endif
+#if X_BLOCK > 2
+    case 2: block(bits, rows, 2, job, row, tables, scales, x, out); break;
+#endif
+    case 1: block(bits, rows, 1, job, row, tables, scales, x, out); break;
+    default: break;
+    }
+#endif
+}
+
+INLINE int32_t chunk(const int bits, const hfc_job *job, int64_t first, int64_t last, const float *scales,
+                     float *results) {
+    const int64_t groups = job->matrix->groups;
+    int64_t row = first;
+    const float *tables[ROW_BLOCK];
+    for (; row + ROW_BLOCK <= last; row += ROW_BLOCK) {
+        for (int r = 0; r < ROW_BLOCK; r++)
+            if (!(tables[r] = table_of(job, row + r))) return HFC_BAD_CODEBOOK;
+        rows_block(bits, ROW_BLOCK, job, row, tables, scales + (row - first) * groups, results + (row - first));
+    }
+    for (; row < last; row++) {
+        if (!(tables[0] = table_of(job, row))) return HFC_BAD_CODEBOOK;
+        rows_block(bits, 1, job, row, tables, scales + (row - first) * groups, results + (row - first));
+    }
+    return HFC_OK;
+}
+
+static TARGET int32_t chunk_2(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
+    return chunk(2, job, first, last, scales, results);
+}
+static TARGET int32_t chunk_3(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
+    return chunk(3, job, first, last, scales, results);
+}
+static TARGET int32_t chunk_4(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
+    return chunk(4, job, first, last, scales, results);
+}
+
+/* y[:, first:last] for at most HFC_CHUNK rows of W. */
+static TARGET int32_t linear(const hfc_job *job, int64_t first, int64_t last, float *scratch) {
+    const hfc_matrix *matrix = job->matrix;
+    const size_t rows = (size_t)(last - first), bytes = hfc_type_bytes(job->type);
+    float *scales = scratch + 2 * HFC_CHUNK, *results = scales + HFC_CHUNK * matrix->groups, *bias = NULL;
+    load_scales(matrix, first, last, scales, scratch);
+    const int32_t status = matrix->bits == 2   ? chunk_2(job, first, last, scales, results)
+                           : matrix->bits == 3 ? chunk_3(job, first, last, scales, results)
+                                               : chunk_4(job, first, last, scales, results);
+    if (status) return status;
+    if (job->bias) {
+        bias = scratch + HFC_CHUNK;
+        convert_in(bias, (const char *)job->bias + (size_t)first * bytes, job->type, rows);
+    }
+    for (int64_t i = 0; i < job->count; i++) {
+        char *out = (char *)job->out + (size_t)(i * matrix->rows + first) * bytes;
+        for (size_t r = 0; r < rows; r += HFC_STEP) {
+            floats value = load(results + i * HFC_CHUNK + r);
+            if (bias) value = add(value, load(bias + r));
+            store_some(job->type, out + r * bytes, value, rows - r < HFC_STEP ? rows - r : HFC_STEP);
+        }
+    }
+    return HFC_OK;
+}
+
+INLINE void unpack_row(const int bits, const hfc_matrix *matrix, const uint32_t *codes, const float *row_table,
+                       const float *scales, int32_t type, char *out) {
+    const size_t bytes = hfc_type_bytes(type);
+    const floats base = load_table(bits, row_table);
+    table scaled = make_table(bits, base, scales[0]);
+    for (int64_t unit = 0, next = matrix->group_units; unit < matrix->units; unit++, codes += bits) {
+        if (unit == next) {
+            scaled = make_table(bits, base, *++scales);
+            next += matrix->group_units;
+        }
+        UNROLL for (int half = 0; half < 2; half++) {
+            const int64_t column = unit * HFC_UNIT + half * HFC_STEP, left = matrix->columns - column;
+            if (left > 0)
+                store_some(type, out + (size_t)column * bytes, look_up(bits, codes, half, scaled),
+                           left < HFC_STEP ? (size_t)left : HFC_STEP);
+        }
+    }
+}
+
+INLINE int32_t unpack_rows(const int bits, const int32_t type, const hfc_job *job, int64_t first, int64_t last,
+                           const float *scales) {
+    const hfc_matrix *matrix = job->matrix;
+    const size_t row_bytes = (size_t)matrix->columns * hfc_type_bytes(type);
+    for (int64_t row = first; row < last; row++) {
+        const float *row_table = table_of(job, row);
+        if (!row_table) return HFC_BAD_CODEBOOK;
+        unpack_row(bits, matrix, matrix->codes + (size_t)(row * matrix->units * bits), row_table,
+                   scales + (row - first) * matrix->groups, type,
+                   (char *)job->out + (size_t)(row - job->first_row) * row_bytes);
+    }
+    return HFC_OK;
+}
+
+static TARGET int32_t unpack_rows_as(const int32_t type, const hfc_job *job, int64_t first, int64_t last,
+                                     const float *scales) {
+    switch (job->matrix->bits) {
+    case 2: return unpack_rows(2, type, job, first, last, scales);
+    case 3: return unpack_rows(3, type, job, first, last, scales);
+    default: return unpack_rows(4, type, job, first, last, scales);
+    }
+}
+
+/* Rows [first, last) of W into `out`, whose first row is `first_row`. */
+static TARGET int32_t dequantize(const hfc_job *job, int64_t first, int64_t last, float *scratch) {
+    float *scales = scratch + 2 * HFC_CHUNK;
+    load_scales(job->matrix, first, last, scales, scratch);
+    return unpack_rows_as(job->type, job, first, last, scales);
+}
+
+static const hfc_kernels kernels = {to_float, linear, dequantize};
