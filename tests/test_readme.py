@@ -1,0 +1,207 @@
+"""What the README shows is run as a user would run it; only a model and texts of this machine stand in for others."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibration_helpers import make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from typer.main import get_command
+
+import hf_compress
+from hf_compress.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# Every Python block is run; one more has to be named here and run below.
+EXAMPLE, MIXTURE, FAMILY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BASH = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = re.findall(r"^hf-compress .*", BASH, re.MULTILINE)
+INLINE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+# The calls in the table of what can be done: the first piece of code of the second column.
+TABLE = re.findall(
+    r"^\| [a-z][^|`]* \| `([^`]+)`", README.split("## What you can do")[1].split("\n## ")[0], re.MULTILINE
+)
+
+# Goes on after the first example in the same session, with what the names in the table stand for.
+REST = """
+import json, sys
+from transformers import Pipeline, pipeline
+from hf_compress import compress
+from hf_compress.anatomy import find_record
+
+def parameters(result):
+    result = result.model if isinstance(result, Pipeline) else result
+    return result.num_parameters() if hasattr(result, "num_parameters") else result.parameters_after
+
+small = model.num_parameters()
+from_pretrained = AutoModelForCausalLM.from_pretrained
+tokenizer = AutoTokenizer.from_pretrained(name)
+recipe = ModularDecompositionConfig(reduction=0.2)
+found = {"dense": from_pretrained(name).num_parameters(), "example": small}
+for code in json.loads(sys.argv[1]):
+    model = from_pretrained(name)
+    if code == "model.dequantize()":
+        compress(model, recipe, calibration=config.calibration)
+    found[code] = parameters(eval(code.replace("...", "model, config")))
+
+MIXTURE
+found["mixture"] = parameters(compress(from_pretrained(name), recipe, calibration=calibration))
+
+FAMILY
+found["family"] = find_record("my_llama").mlp.up
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with a tiny model, its tokenizer and texts: where the user sits."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    # Real text that every machine has: 12 sequences of 2048 tokens to calibrate on and 8 to hold out.
+    text = Path(argparse.__file__).read_text()
+    (tmp_path / "texts.txt").write_text(text)
+    (tmp_path / "held_out.txt").write_text(Path(ast.__file__).read_text()[:12_000])
+    rows = [json.dumps({"body": part}) for part in text.split("\n\n")]
+    (tmp_path / "my_texts.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def substituted(code: str, *pairs: tuple[str, str]) -> str:
+    for old, new in pairs:
+        assert code.count(old) == 1, f"the README no longer shows {old!r}: say here what stands in for what it shows"
+        code = code.replace(old, new)
+    return code
+
+
+def run(command: list[str], folder: Path) -> str:
+    scripts = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {**os.environ, "PATH": scripts, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_python_examples(workplace: Path) -> None:
+    dataset = '"Salesforce/wikitext", name="wikitext-2-raw-v1"'
+    example = substituted(
+        EXAMPLE, ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"), (dataset + ', split="train"', '"texts.txt"')
+    )
+    mixture = substituted(MIXTURE, (dataset, '"texts.txt"'))
+    rest = substituted(REST, ("\nMIXTURE\n", f"\n{mixture}\n"), ("\nFAMILY\n", f"\n{FAMILY}\n"))
+    (workplace / "example.py").write_text(example + rest)
+    # A published GGUF file is in test_real_gguf.py.
+    calls = [code for code in TABLE if "gguf_file" not in code]
+    assert len(calls) == len(TABLE) - 1
+    output = run([sys.executable, "example.py", json.dumps(calls)], workplace)
+    assert "block matrices" in output, "the report was printed"
+    found = json.loads(output.split("FOUND", 1)[1])
+
+    plain = json.loads((workplace / "out" / "config.json").read_text())
+    assert "quantization_config" not in plain
+    assert plain["intermediate_size"] < 96
+    assert AutoModelForCausalLM.from_pretrained(workplace / "out").num_parameters() == found["example"]
+    assert (workplace / "out" / "tokenizer.json").is_file()
+
+    assert (workplace / "work").is_dir(), "the working directory of the resumable run"
+    assert found.pop("family") == "up"
+    assert found.pop("model.dequantize()") == found["dense"]
+    assert found.pop("mixture") < found.pop("dense")
+    assert set(found) == {"example", *calls} - {"model.dequantize()"}
+    assert set(found.values()) == {found["example"]}, "every way gives the same recipe's sizes"
+
+
+def test_the_commands(workplace: Path) -> None:
+    assert [command.split()[1] for command in COMMANDS] == ["plan", "run", "eval"]
+    script = "\n".join(re.sub(r"\bMODEL\b", "tiny", re.sub(r"\bOUT\b", "small", command)) for command in COMMANDS)
+    output = run(["bash", "-euo", "pipefail", "-c", script], workplace)
+    assert output.count("block matrices") == 2, "the plan and the report"
+    assert {"perplexity", "prompt tokens/s", "generated tokens/s"} <= set(re.findall(r"[a-z]+(?: tokens/s)?", output))
+    stored = json.loads((workplace / "small" / "config.json").read_text())
+    assert stored["quantization_config"]["quant_method"] == "hf_compress"
+    assert (workplace / "work").is_dir()
+
+
+def test_every_option_is_known() -> None:
+    """Also those of the commands that are too long or too far to run: installation, demo and benchmarks."""
+    known = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+    }
+    benchmarks = 0
+    for line in [*BASH.splitlines(), *INLINE]:
+        words = shlex.split(line, comments=True) if line.startswith(("hf-compress", "python ", "--")) else []
+        options = {word for word in words if word.startswith("--")}
+        if words[:1] == ["hf-compress"]:
+            assert options <= known[words[1]], line
+        elif words[:1] == ["python"]:
+            source = (ROOT / words[1]).read_text()
+            assert all(f'"{option}"' in source for option in options), line
+            benchmarks += 1
+        else:
+            sources = "".join(path.read_text() for path in (ROOT / "tests" / "benchmarks").glob("*.py"))
+            assert all(option in set().union(*known.values()) or f'"{option}"' in sources for option in options), line
+    assert benchmarks >= 2
+    extras = set(re.findall(r"-e '\.\[(\w+)\]'", BASH))
+    assert extras and all(
+        re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras
+    )
+
+
+CONFIGURATIONS = [value for value in vars(hf_compress).values() if hasattr(value, "model_fields")]
+FOREIGN = ("quantization_config", "target_modules", "output_attentions")  # of Transformers and PEFT
+SETTINGS = [code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN)]
+
+
+@pytest.mark.parametrize("code", SETTINGS)
+def test_settings_named_in_the_text(code: str) -> None:
+    """`kinds="auto"` and the like: a field of a configuration of ours with a value that it takes."""
+    (keyword,) = ast.parse(f"f({code})").body[0].value.keywords  # type: ignore[attr-defined]
+    name = str(keyword.arg)
+    required = {"reduction": 0.2, "dataset": ["text"], "bits": 2}
+
+    def takes(owner: Any) -> bool:
+        fields = {field: value for field, value in required.items() if field in owner.model_fields}
+        try:
+            owner(**{**fields, name: ast.literal_eval(keyword.value)})
+        except hf_compress.ConfigurationError:
+            return False
+        return True
+
+    assert any(takes(owner) for owner in CONFIGURATIONS if name in owner.model_fields)
+
+
+def test_names_in_the_text() -> None:
+    """`channel_score` and the like: fields and functions that there are."""
+    named = {code for code in INLINE if re.fullmatch(r"[a-z]+(_[a-z]+)+", code)}
+    fields = {field for owner in CONFIGURATIONS for field in owner.model_fields}
+    assert "channel_score" in named
+    unknown = {
+        name for name in named - fields if not hasattr(hf_compress, name) and not hasattr(PreTrainedModel, name)
+    }
+    assert not unknown
