@@ -18,9 +18,17 @@ from ..errors import CompressionError, ConfigurationError
 # Environment variable that names the kernel to use: one of `available_kernels()`, or "auto".
 VARIABLE = "HF_COMPRESS_KERNEL"
 # HFC_VERSION of csrc/codebook.h.
-VERSION = 1
+VERSION = 2
 # Numbers of the instruction sets in csrc/codebook.c, fastest first.
 _INSTRUCTION_SETS = {"avx512": 3, "avx2": 2, "neon": 1, "scalar": 0}
+# For each number of bits, up to how many rows of x multiplying with the codes is faster than writing out tiles of the
+# matrix for a GEMM.
+_MOST_ROWS = {
+    "avx512": {2: 80, 3: 44, 4: 80},
+    "avx2": {2: 18, 3: 14, 4: 16},
+    "neon": {2: 16, 3: 16, 4: 16},
+    "scalar": {2: 2, 3: 2, 4: 2},
+}
 # hfc_type of csrc/codebook.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _STATUS = {
@@ -52,24 +60,14 @@ class Library:
         self._configure = handle.hfc_configure
         self._configure.argtypes = (ctypes.c_int32, ctypes.c_void_p)
         self.linear = handle.hfc_linear
-        self.linear.argtypes = (
-            *(4 * (ctypes.c_void_p,)),
-            ctypes.c_int64,
-            ctypes.c_int32,
-            ctypes.c_int32,
-        )
+        self.linear.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32)
         self.dequantize = handle.hfc_dequantize
-        self.dequantize.argtypes = (
-            *(2 * (ctypes.c_void_p,)),
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int32,
-            ctypes.c_int32,
-        )
+        self.dequantize.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4, ctypes.c_int32, ctypes.c_int32)
         self.supported = tuple(name for name, number in _INSTRUCTION_SETS.items() if handle.hfc_supported(number))
         self._parallel = _parallel_function()
 
     def select(self, name: str) -> None:
+        self.most_rows = _MOST_ROWS[name]
         self._configure(_INSTRUCTION_SETS[name], self._parallel)
 
 

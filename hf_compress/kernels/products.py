@@ -1,30 +1,24 @@
-"""Products with a compressed matrix, and its rows written out.
+"""Products with a compressed matrix, and the gradients of these.
 
-On a CPU the compiled kernel reads the packed codes. Elsewhere, for float64 and without the kernel, torch operations
-write out tiles of rows; many rows of x take that way on a CPU too, where the kernel writes the tiles and the library's
-GEMM multiplies. CPUs sum in float32 on every way, so the results agree within rounding.
+On a CPU the compiled kernel multiplies with the packed codes. Many rows of x, other devices, float64 and machines
+without the kernel go through tiles of W and the library's GEMM. CPUs sum in float32 on each of these ways, so the
+results agree within rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .library import TYPES, Library, active_library, check_status
+from .library import TYPES, active_library, check_status
 from .matrix import CodebookMatrix, check_structure, prepare
-from .packing import UNIT, unpack_codes
+from .tiles import factors, row_bounds, threads_for, tiles, write
 
-# Up to so many rows of x the kernel multiplies with the codes.
-DIRECT_ROWS = 32
 _INPUT_TYPES = {dtype: kind for dtype, kind in TYPES.items() if dtype.is_floating_point}
-# Below so many multiplications a second thread costs more than it saves.
-_SERIAL_WORK = 100_000
-# Weights in one tile: 4 MB in float32.
-_TILE = 1 << 20
 
 
 def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Tensor | None) -> Tensor:
@@ -32,7 +26,7 @@ def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Ten
     kind, shape = _INPUT_TYPES.get(x.dtype), x.shape
     if kind is not None and x.is_cpu and shape and shape[-1] == matrix.columns:
         library, rows, count = active_library(), matrix.packed.shape[0], x.numel() // matrix.columns
-        if library is not None and rows and 0 < count <= DIRECT_ROWS and matrix.packed.is_cpu:
+        if library is not None and rows and 0 < count <= library.most_rows.get(matrix.bits, 0) and matrix.packed.is_cpu:
             if bias is not None:
                 bias = _fitting_bias(bias, rows, x)
             if not x.is_contiguous():
@@ -46,7 +40,7 @@ def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Ten
                 y.data_ptr(),
                 count,
                 kind,
-                _threads(rows * matrix.columns * count),
+                threads_for(rows * matrix.columns * count),
             )
             if status:
                 check_status(status)
@@ -54,25 +48,38 @@ def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Ten
     return _tiled_linear(x, matrix, bias)
 
 
-def input_gradient(grad: Float[Tensor, "*batch rows"], matrix: CodebookMatrix) -> Float[Tensor, "*batch columns"]:
-    """`grad W`: the gradient to the input of `linear`. Raises `ConfigurationError` for what does not fit."""
-    check_input(grad, matrix, matrix.rows)
-    flat, dtype = grad.reshape(-1, matrix.rows), _computing(grad)
-    summing = torch.promote_types(dtype, torch.float32)
-    total = torch.zeros((flat.shape[0], matrix.columns), dtype=summing, device=grad.device)
-    for first, last, tile in _tiles(matrix, dtype):
-        total += flat[:, first:last].to(dtype) @ tile
-    return total.to(grad.dtype).view(*grad.shape[:-1], matrix.columns)
+def _tiled_linear(x: Tensor, matrix: CodebookMatrix, bias: Tensor | None) -> Tensor:
+    check_input(x, matrix, matrix.columns)
+    check_structure(matrix)
+    dtype = _computing(x)
+    bias = None if bias is None else _fitting_bias(bias, matrix.rows, x).to(dtype)
+    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    if not y.numel():
+        return y
+    flat_x, flat_y = x.reshape(-1, matrix.columns).to(dtype), y.view(-1, matrix.rows)
+    part = flat_y
+    for rows, columns, tile in tiles(matrix, dtype, narrow=x.is_cpu):
+        first = columns.start == 0
+        if first:
+            part = flat_y[:, rows] if y.dtype == dtype else flat_x.new_empty((len(flat_x), len(tile)))
+            if bias is not None:
+                part.copy_(bias[rows])
+        part.addmm_(flat_x[:, columns], tile.T, beta=0 if first and bias is None else 1)
+        if columns.stop == matrix.columns and y.dtype != dtype:
+            flat_y[:, rows] = part
+    return y
 
 
-def dequantize(
-    matrix: CodebookMatrix, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None
-) -> Float[Tensor, "rows columns"]:
-    """Rows `first` to `last` of W. Raises `ConfigurationError` for rows that are not there."""
-    last = check_rows(matrix, dtype, first, last)
-    out = torch.empty((last - first, matrix.columns), dtype=dtype, device=matrix.packed.device)
-    _write(out, matrix, first)
-    return out
+def input_gradient(gradient: Float[Tensor, "*batch rows"], matrix: CodebookMatrix) -> Float[Tensor, "*batch columns"]:
+    """The gradient to x from that to y: `gradient W`. Raises `ConfigurationError` for what does not fit."""
+    check_input(gradient, matrix, matrix.rows)
+    check_structure(matrix)
+    dtype = _computing(gradient)
+    flat = gradient.reshape(-1, matrix.rows).to(dtype)
+    total = flat.new_zeros((flat.shape[0], matrix.columns), dtype=torch.promote_types(dtype, torch.float32))
+    for rows, columns, tile in tiles(matrix, dtype, narrow=False):
+        total[:, columns] += flat[:, rows] @ tile
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], matrix.columns)
 
 
 def table_gradients(
@@ -84,8 +91,8 @@ def table_gradients(
         weight_gradient: the gradient to a range of rows of W, of shape (rows, columns); asked for tile by tile.
 
     Returns:
-        Tensors of the shapes in the matrix. uint8 scales have no gradient, and row scales that are not there neither:
-        then the tensor is empty.
+        float32 tensors of the shapes in the matrix. uint8 scales have no gradient, and row scales that are not there
+        neither: then the tensor is empty.
     """
     _, codebooks, scales, _, columns, column_group, row_scales, row_codebook = matrix
     check_structure(matrix)
@@ -93,11 +100,11 @@ def table_gradients(
     to_codebooks = torch.zeros_like(codebooks, dtype=dtype)
     to_scales = torch.zeros_like(scales, dtype=dtype)
     width = scales.shape[1] * min(column_group, columns)
-    for row, end in _tile_bounds(matrix, first, last):
+    for row, end in row_bounds(matrix, first, last, columns):
         gradient = weight_gradient(row, end).to(dtype)
-        codes, tables, factors = _parts(matrix, row, end, dtype)
-        by_code = torch.zeros((end - row, tables.shape[1]), dtype=dtype, device=gradient.device)
-        by_code.scatter_add_(1, codes, gradient * _spread(factors, column_group, columns))
+        codes, tables, spread = factors(matrix, row, end - row, 0, columns, dtype)
+        by_code = gradient.new_zeros((end - row, tables.shape[1]))
+        by_code.scatter_add_(1, codes, gradient * spread)
         if row_codebook is None:
             to_codebooks += by_code.sum(0)
         else:
@@ -108,6 +115,16 @@ def table_gradients(
     if row_scales is None:
         return to_codebooks, to_scales, nothing
     return to_codebooks, nothing, (to_scales * scales).sum(1)
+
+
+def dequantize(
+    matrix: CodebookMatrix, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None
+) -> Float[Tensor, "rows columns"]:
+    """Rows `first` to `last` of W. Raises `ConfigurationError` for rows that are not there."""
+    last = check_rows(matrix, dtype, first, last)
+    out = torch.empty((last - first, matrix.columns), dtype=dtype, device=matrix.packed.device)
+    write(out, matrix, first)
+    return out
 
 
 def check_rows(matrix: CodebookMatrix, dtype: torch.dtype, first: int, last: int | None) -> int:
@@ -128,21 +145,6 @@ def check_input(x: Tensor, matrix: CodebookMatrix, features: int) -> None:
         raise ConfigurationError(f"the input is on {x.device}, the codes are on {matrix.packed.device}.")
 
 
-def _tiled_linear(x: Tensor, matrix: CodebookMatrix, bias: Tensor | None) -> Tensor:
-    check_input(x, matrix, matrix.columns)
-    check_structure(matrix)
-    if bias is not None:
-        bias = _fitting_bias(bias, matrix.rows, x)
-    y = x.new_empty((*x.shape[:-1], matrix.rows))
-    if y.numel():
-        dtype, flat = _computing(x), y.view(-1, matrix.rows)
-        x = x.reshape(-1, matrix.columns).to(dtype)
-        for first, last, tile in _tiles(matrix, dtype):
-            part = None if bias is None else bias[first:last].to(dtype)
-            flat[:, first:last] = torch.nn.functional.linear(x, tile, part)
-    return y
-
-
 def _fitting_bias(bias: Tensor, rows: int, x: Tensor) -> Tensor:
     """The bias in x's dtype. Raises `ConfigurationError` if it has another shape or device."""
     if bias.dim() != 1 or bias.shape[0] != rows or bias.device != x.device:
@@ -155,65 +157,3 @@ def _fitting_bias(bias: Tensor, rows: int, x: Tensor) -> Tensor:
 def _computing(x: Tensor) -> torch.dtype:
     """The dtype of the GEMM. Few CPUs multiply half precision in hardware, and float32 is exact besides."""
     return torch.float32 if x.is_cpu and x.dtype != torch.float64 else x.dtype
-
-
-def _threads(work: int) -> int:
-    return torch.get_num_threads() if work >= _SERIAL_WORK else 1
-
-
-def _tiles(matrix: CodebookMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows `first` to `last` of W, for all rows in turn; a tile is overwritten by the next."""
-    buffer = None
-    for first, last in _tile_bounds(matrix, 0, matrix.rows):
-        if buffer is None:
-            buffer = torch.empty((last - first, matrix.columns), dtype=dtype, device=matrix.packed.device)
-        tile = buffer[: last - first]
-        _write(tile, matrix, first)
-        yield first, last, tile
-
-
-def _tile_bounds(matrix: CodebookMatrix, first: int, last: int) -> Iterator[tuple[int, int]]:
-    step = max(UNIT, _TILE // matrix.columns // UNIT * UNIT)
-    for row in range(first, last, step):
-        yield row, min(row + step, last)
-
-
-def _write(out: Float[Tensor, "rows columns"], matrix: CodebookMatrix, first: int) -> None:
-    """Fill `out` with the rows of W from `first` on."""
-    library = active_library() if out.is_cpu and out.dtype in TYPES else None
-    if library is not None and out.numel():
-        _write_by_kernel(out, matrix, first, library)
-        return
-    check_structure(matrix)
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    step = max(1, _TILE // matrix.columns)
-    for row in range(0, len(out), step):
-        part = out[row : row + step]
-        codes, tables, factors = _parts(matrix, first + row, first + row + len(part), dtype)
-        torch.mul(tables.gather(1, codes), _spread(factors, matrix.column_group, matrix.columns), out=part)
-
-
-def _write_by_kernel(out: Tensor, matrix: CodebookMatrix, first: int, library: Library) -> None:
-    prepared = prepare(matrix)
-    threads = _threads(out.numel())
-    last = first + len(out)
-    check_status(library.dequantize(prepared.address, out.data_ptr(), first, last, TYPES[out.dtype], threads))
-
-
-def _parts(matrix: CodebookMatrix, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows `first` to `last`: codes (rows, columns), tables (rows, 2^bits), scales (rows, groups)."""
-    packed, codebooks, scales, bits, columns, _, row_scales, row_codebook = matrix
-    codes = unpack_codes(packed[first:last], bits, columns).long()
-    if row_codebook is None:
-        tables = codebooks.to(dtype).expand(last - first, -1)
-    else:
-        tables = codebooks.to(dtype).index_select(0, row_codebook[first:last].int())
-    factors = scales[first:last].to(dtype)
-    if row_scales is not None:
-        factors = factors * row_scales[first:last, None].to(dtype)
-    return codes, tables, factors
-
-
-def _spread(factors: Tensor, column_group: int, columns: int) -> Tensor:
-    """Scales (rows, groups) as (rows, columns), or (rows, 1) where there is one group."""
-    return factors if factors.shape[1] == 1 else factors.repeat_interleave(column_group, 1)[:, :columns]

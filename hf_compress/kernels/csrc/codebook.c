@@ -90,9 +90,10 @@ EXPORT int32_t hfc_linear(const hfc_matrix *matrix, const void *x, const void *b
     return status;
 }
 
-/* out (last - first, columns) = rows `first` to `last` of W. */
-EXPORT int32_t hfc_dequantize(const hfc_matrix *matrix, void *out, int64_t first, int64_t last, int32_t type,
-                              int32_t threads) {
-    hfc_job job = {.matrix = matrix, .out = out, .type = type, .first_row = first, .last_row = last, .next = first};
+/* out, contiguous = rows `first_row` to `last_row`, columns `first_column` (a multiple of 32) to `last_column` of W. */
+EXPORT int32_t hfc_dequantize(const hfc_matrix *matrix, void *out, int64_t first_row, int64_t last_row,
+                              int64_t first_column, int64_t last_column, int32_t type, int32_t threads) {
+    hfc_job job = {.matrix = matrix, .out = out, .type = type, .first_row = first_row, .last_row = last_row,
+                   .first_column = first_column, .last_column = last_column, .next = first_row};
     return run(&job, threads);
 }

@@ -13,7 +13,7 @@
 #include <string.h>
 
 /* Changes with every change of the structures or signatures: the loader refuses another number. */
-#define HFC_VERSION 1
+#define HFC_VERSION 2
 
 #define HFC_UNIT 32 /* columns that `bits` words hold */
 #define HFC_STEP 16 /* columns that one look-up treats */
@@ -39,9 +39,10 @@ typedef struct {
     const float *x;      /* (count, stride), zero from `columns` on; NULL to dequantize */
     int64_t stride, count;
     const void *bias; /* (rows,) of `type`, or NULL */
-    void *out;        /* (count, rows), or rows `first_row` to `last_row` of W, of `type` */
+    void *out;        /* (count, rows), or (last_row - first_row, last_column - first_column), of `type` */
     int32_t type;
     int64_t first_row, last_row;
+    int64_t first_column, last_column; /* to dequantize; the first is a multiple of HFC_UNIT */
     int64_t next;    /* atomic */
     int32_t status;  /* atomic; the first error */
 } hfc_job;
@@ -53,7 +54,8 @@ typedef struct {
     int32_t (*dequantize)(const hfc_job *job, int64_t first, int64_t last, float *scratch);
 } hfc_kernels;
 
-#define HFC_CHUNK 32 /* rows that a thread claims at once */
+#define HFC_CHUNK 32      /* rows that a thread claims at once */
+#define HFC_CACHED 131072 /* floats of x that are to stay in the second cache */
 
 static inline size_t hfc_type_bytes(int32_t type) {
     return type == HFC_FLOAT32 ? 4 : type == HFC_UINT8 ? 1 : 2;

@@ -109,16 +109,16 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
         UNROLL for (int i = 0; i < count; i++) out[i * HFC_CHUNK + r] = sum(sums[r][i]);
 }
 
-/* All rows of x against `rows` rows of W. */
+/* Rows `from` to `to` of x against `rows` rows of W. */
 INLINE void rows_block(const int bits, const int rows, const hfc_job *job, int64_t row, const float *const *tables,
-                       const float *scales, float *out) {
-    int64_t i = 0;
-    for (; i + X_BLOCK <= job->count; i += X_BLOCK)
+                       const float *scales, int64_t from, int64_t to, float *out) {
+    int64_t i = from;
+    for (; i + X_BLOCK <= to; i += X_BLOCK)
         block(bits, rows, X_BLOCK, job, row, tables, scales, job->x + i * job->stride, out + i * HFC_CHUNK);
 #if X_BLOCK > 1
     const float *x = job->x + i * job->stride;
     out += i * HFC_CHUNK;
-    switch (job->count - i) {
+    switch (to - i) {
 #if X_BLOCK > 3
     case 3: block(bits, rows, 3, job, row, tables, scales, x, out); break;
 #endif
@@ -134,16 +134,18 @@ INLINE void rows_block(const int bits, const int rows, const hfc_job *job, int64
 INLINE int32_t chunk(const int bits, const hfc_job *job, int64_t first, int64_t last, const float *scales,
                      float *results) {
     const int64_t groups = job->matrix->groups;
-    int64_t row = first;
-    const float *tables[ROW_BLOCK];
-    for (; row + ROW_BLOCK <= last; row += ROW_BLOCK) {
-        for (int r = 0; r < ROW_BLOCK; r++)
-            if (!(tables[r] = table_of(job, row + r))) return HFC_BAD_CODEBOOK;
-        rows_block(bits, ROW_BLOCK, job, row, tables, scales + (row - first) * groups, results + (row - first));
-    }
-    for (; row < last; row++) {
-        if (!(tables[0] = table_of(job, row))) return HFC_BAD_CODEBOOK;
-        rows_block(bits, 1, job, row, tables, scales + (row - first) * groups, results + (row - first));
+    const float *tables[HFC_CHUNK];
+    for (int64_t row = first; row < last; row++)
+        if (!(tables[row - first] = table_of(job, row))) return HFC_BAD_CODEBOOK;
+    /* So many rows of x that they stay in the second cache while the rows of W pass. */
+    const int64_t most = HFC_CACHED / job->stride / X_BLOCK * X_BLOCK, step = most > X_BLOCK ? most : X_BLOCK;
+    for (int64_t from = 0; from < job->count; from += step) {
+        const int64_t to = from + step < job->count ? from + step : job->count;
+        int64_t r = 0;
+        for (; r + ROW_BLOCK <= last - first; r += ROW_BLOCK)
+            rows_block(bits, ROW_BLOCK, job, first + r, tables + r, scales + r * groups, from, to, results + r);
+        for (; r < last - first; r++)
+            rows_block(bits, 1, job, first + r, tables + r, scales + r * groups, from, to, results + r);
     }
     return HFC_OK;
 }
@@ -183,41 +185,47 @@ static TARGET int32_t linear(const hfc_job *job, int64_t first, int64_t last, fl
     return HFC_OK;
 }
 
-INLINE void unpack_row(const int bits, const hfc_matrix *matrix, const uint32_t *codes, const float *row_table,
-                       const float *scales, int32_t type, char *out) {
-    const size_t bytes = hfc_type_bytes(type);
+INLINE void unpack_row(const int bits, const int32_t type, const hfc_job *job, const uint32_t *codes,
+                       const float *row_table, const float *scales, char *out) {
+    const int64_t group_units = job->matrix->group_units, first = job->first_column / HFC_UNIT;
+    const int64_t whole = job->last_column / HFC_UNIT, rest = job->last_column % HFC_UNIT;
+    const size_t step = HFC_STEP * hfc_type_bytes(type);
     const floats base = load_table(bits, row_table);
+    scales += first / group_units;
+    codes += first * bits;
     table scaled = make_table(bits, base, scales[0]);
-    for (int64_t unit = 0, next = matrix->group_units; unit < matrix->units; unit++, codes += bits) {
+    int64_t unit = first, next = (first / group_units + 1) * group_units;
+    for (; unit < whole; unit++, codes += bits, out += 2 * step) {
         if (unit == next) {
             scaled = make_table(bits, base, *++scales);
-            next += matrix->group_units;
+            next += group_units;
         }
-        UNROLL for (int half = 0; half < 2; half++) {
-            const int64_t column = unit * HFC_UNIT + half * HFC_STEP, left = matrix->columns - column;
-            if (left > 0)
-                store_some(type, out + (size_t)column * bytes, look_up(bits, codes, half, scaled),
-                           left < HFC_STEP ? (size_t)left : HFC_STEP);
-        }
+        store_as(type, out, look_up(bits, codes, 0, scaled));
+        store_as(type, out + step, look_up(bits, codes, 1, scaled));
+    }
+    if (rest) {
+        if (unit == next) scaled = make_table(bits, base, *++scales);
+        store_some(type, out, look_up(bits, codes, 0, scaled), rest < HFC_STEP ? (size_t)rest : HFC_STEP);
+        if (rest > HFC_STEP) store_some(type, out + step, look_up(bits, codes, 1, scaled), (size_t)rest - HFC_STEP);
     }
 }
 
 INLINE int32_t unpack_rows(const int bits, const int32_t type, const hfc_job *job, int64_t first, int64_t last,
                            const float *scales) {
     const hfc_matrix *matrix = job->matrix;
-    const size_t row_bytes = (size_t)matrix->columns * hfc_type_bytes(type);
+    const size_t row_bytes = (size_t)(job->last_column - job->first_column) * hfc_type_bytes(type);
     for (int64_t row = first; row < last; row++) {
         const float *row_table = table_of(job, row);
         if (!row_table) return HFC_BAD_CODEBOOK;
-        unpack_row(bits, matrix, matrix->codes + (size_t)(row * matrix->units * bits), row_table,
-                   scales + (row - first) * matrix->groups, type,
+        unpack_row(bits, type, job, matrix->codes + (size_t)(row * matrix->units * bits), row_table,
+                   scales + (row - first) * matrix->groups,
                    (char *)job->out + (size_t)(row - job->first_row) * row_bytes);
     }
     return HFC_OK;
 }
 
-static TARGET int32_t unpack_rows_as(const int32_t type, const hfc_job *job, int64_t first, int64_t last,
-                                     const float *scales) {
+INLINE int32_t unpack_rows_as(const int32_t type, const hfc_job *job, int64_t first, int64_t last,
+                              const float *scales) {
     switch (job->matrix->bits) {
     case 2: return unpack_rows(2, type, job, first, last, scales);
     case 3: return unpack_rows(3, type, job, first, last, scales);
@@ -229,7 +237,11 @@ static TARGET int32_t unpack_rows_as(const int32_t type, const hfc_job *job, int
 static TARGET int32_t dequantize(const hfc_job *job, int64_t first, int64_t last, float *scratch) {
     float *scales = scratch + 2 * HFC_CHUNK;
     load_scales(job->matrix, first, last, scales, scratch);
-    return unpack_rows_as(job->type, job, first, last, scales);
+    switch (job->type) {
+    case HFC_FLOAT32: return unpack_rows_as(HFC_FLOAT32, job, first, last, scales);
+    case HFC_FLOAT16: return unpack_rows_as(HFC_FLOAT16, job, first, last, scales);
+    default: return unpack_rows_as(HFC_BFLOAT16, job, first, last, scales);
+    }
 }
 
 static const hfc_kernels kernels = {to_float, linear, dequantize};
