@@ -26,7 +26,12 @@ def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Ten
     kind, shape = _INPUT_TYPES.get(x.dtype), x.shape
     if kind is not None and x.is_cpu and shape and shape[-1] == matrix.columns:
         library, rows, count = active_library(), matrix.packed.shape[0], x.numel() // matrix.columns
-        if library is not None and rows and 0 < count <= library.most_rows.get(matrix.bits, 0) and matrix.packed.is_cpu:
+        if (
+            library is not None
+            and rows
+            and 0 < count <= library.most_rows.get(matrix.bits, 0)
+            and matrix.packed.is_cpu
+        ):
             if bias is not None:
                 bias = _fitting_bias(bias, rows, x)
             if not x.is_contiguous():

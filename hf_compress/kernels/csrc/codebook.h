@@ -56,6 +56,7 @@ typedef struct {
 
 #define HFC_CHUNK 32      /* rows that a thread claims at once */
 #define HFC_CACHED 131072 /* floats of x that are to stay in the second cache */
+#define HFC_AHEAD 1024    /* words beyond the next rows of codes that are fetched ahead of use */
 
 static inline size_t hfc_type_bytes(int32_t type) {
     return type == HFC_FLOAT32 ? 4 : type == HFC_UINT8 ? 1 : 2;

@@ -77,7 +77,7 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
                   const float *const *tables, const float *scales, const float *x, float *out) {
     const hfc_matrix *matrix = job->matrix;
     const size_t words = (size_t)(matrix->units * bits), stride = (size_t)job->stride;
-    const uint32_t *codes = matrix->codes + (size_t)row * words;
+    const uint32_t *codes = matrix->codes + (size_t)row * words, *ahead = codes + rows * words + HFC_AHEAD;
     floats base[ROW_BLOCK], sums[ROW_BLOCK][X_BLOCK];
     table scaled[ROW_BLOCK];
     UNROLL for (int r = 0; r < rows; r++) {
@@ -94,9 +94,8 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
                 scaled[r] = make_table(bits, count > 2 ? load_table(bits, tables[r]) : base[r],
                                        scales[r * matrix->groups]);
         }
-        /* The next block's rows: the processor itself does not look across the end of a row. */
-        if (count <= 2)
-            UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(codes + (size_t)(r + rows) * words);
+        /* The next rows, in the order of memory: the processor itself sees short pieces of several rows. */
+        if (count <= 2) __builtin_prefetch(ahead + (size_t)unit * rows * bits, 0, 2);
         UNROLL for (int half = 0; half < 2; half++) {
             UNROLL for (int r = 0; r < rows; r++) {
                 const floats weights = look_up(bits, codes + (size_t)r * words, half, scaled[r]);
@@ -107,6 +106,13 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int i = 0; i < count; i++) out[i * HFC_CHUNK + r] = sum(sums[r][i]);
+}
+
+/* The scales of the row block that begins at `row`: they are read in bursts, once for a chunk. */
+INLINE void prefetch_scales(const hfc_matrix *matrix, int64_t row) {
+    const size_t bytes = (size_t)matrix->groups * hfc_type_bytes(matrix->scale_type);
+    const char *scales = (const char *)matrix->scales + (size_t)row * bytes;
+    for (size_t place = 0; place < ROW_BLOCK * bytes; place += 64) __builtin_prefetch(scales + place, 0, 2);
 }
 
 /* Rows `from` to `to` of x against `rows` rows of W. */
@@ -142,8 +148,10 @@ INLINE int32_t chunk(const int bits, const hfc_job *job, int64_t first, int64_t 
     for (int64_t from = 0; from < job->count; from += step) {
         const int64_t to = from + step < job->count ? from + step : job->count;
         int64_t r = 0;
-        for (; r + ROW_BLOCK <= last - first; r += ROW_BLOCK)
+        for (; r + ROW_BLOCK <= last - first; r += ROW_BLOCK) {
+            prefetch_scales(job->matrix, first + r + HFC_CHUNK);
             rows_block(bits, ROW_BLOCK, job, first + r, tables + r, scales + r * groups, from, to, results + r);
+        }
         for (; r < last - first; r++)
             rows_block(bits, 1, job, first + r, tables + r, scales + r * groups, from, to, results + r);
     }
