@@ -20,6 +20,7 @@ from .errors import (
     ResumeError,
     UnsupportedModelError,
 )
+from .methods.codebook import CodebookConfig
 from .methods.modular import ModularDecompositionConfig
 
 quantizer.register()
@@ -33,6 +34,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationError",
     "CheckpointError",
+    "CodebookConfig",
     "CompressionConfig",
     "CompressionError",
     "CompressionPlan",

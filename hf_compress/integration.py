@@ -24,7 +24,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.report import CompressionReport
-from .errors import CheckpointError, ConfigurationError
+from .errors import CheckpointError, CompressionError, ConfigurationError
 from .layout import UNFINISHED, layout_of
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
@@ -73,7 +73,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undo `install`."""
     wrapped = [(PreTrainedModel, name) for name in ("from_pretrained", "save_pretrained", "push_to_hub")]
-    wrapped += [(PeftAdapterMixin, "add_adapter"), *((owner, "__init__") for owner in _peft_classes())]
+    wrapped += [(PeftAdapterMixin, "add_adapter"), *((owner, name) for owner, name, _ in _peft_methods())]
     for owner, name in wrapped:
         original = getattr(getattr(owner, name), _ORIGINAL, None)
         if original is not None:
@@ -264,15 +264,36 @@ class _PeftFinder(MetaPathFinder):
 _PEFT_FINDER = _PeftFinder()
 
 
-def _peft_classes() -> list[type[Any]]:
-    """What `peft.get_peft_model` and `PeftModel.from_pretrained` build; none before the user has imported PEFT."""
-    names = ("PeftModel", "PeftMixedModel")
-    return [getattr(sys.modules["peft"], name) for name in names if hasattr(sys.modules.get("peft"), name)]
+def _peft_methods() -> list[tuple[type[Any], str, Callable[..., Any]]]:
+    """What `peft.get_peft_model` and `PeftModel.from_pretrained` build, and what every merge asks first; none before
+    the user has imported PEFT."""
+    peft = sys.modules.get("peft")
+    names = [name for name in ("PeftModel", "PeftMixedModel") if hasattr(peft, name)]
+    found: list[tuple[type[Any], str, Callable[..., Any]]] = [
+        (getattr(peft, name), "__init__", _init_peft_model) for name in names
+    ]
+    utilities = sys.modules.get("peft.tuners.tuners_utils")
+    if utilities is not None:
+        found.append((utilities.BaseTuner, "_check_merge_allowed", _check_merge_allowed))
+    return found
 
 
 def _wrap_peft() -> None:
-    for owner in _peft_classes():
-        _wrap(owner, "__init__", _init_peft_model)
+    for owner, name, wrapper in _peft_methods():
+        _wrap(owner, name, wrapper)
+
+
+def _check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
+    """An adapter cannot be added to weights that are codes; PEFT itself would stop at their shape."""
+    packed = next(
+        (path for path, module in tuner.model.named_modules() if getattr(module, "packs_weight", False)), None
+    )
+    if packed is not None:
+        raise CompressionError(
+            f"the adapter cannot be merged: {packed!r} keeps its weights as codes. Keep the adapter beside the "
+            "compressed model, or call dequantize() on the compressed model before the adapter is attached."
+        )
+    original(tuner)
 
 
 def _init_peft_model(

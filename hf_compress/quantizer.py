@@ -145,11 +145,13 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, state in states.items():
             module, dense = model.get_submodule(path), skeleton.get_submodule(path)
-            reference = next(module.parameters())
-            dense.to(reference.dtype).to_empty(device=reference.device)
+            # A module of packed tensors may have no parameter: then the model's dtype is the one it was made from.
+            own = next((parameter.dtype for parameter in module.parameters()), model.dtype)
+            device = next(iter(module.state_dict().values())).device
+            dense.to(own).to_empty(device=device)
             dense.load_state_dict(state)
             _record_outputs(model, dense, getattr(module, "recorded_outputs", ()))
-            model.set_submodule(path, dense.to(dtype or reference.dtype).train(module.training))
+            model.set_submodule(path, dense.to(dtype or own).train(module.training))
         return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from transformers import (
 # The shapes in the annotations are checked at run time wherever the tests go.
 with install_import_hook("hf_compress", "typechecking.check"):
     import hf_compress
-    from hf_compress import CalibrationConfig, ModularDecompositionConfig
+    from hf_compress import CalibrationConfig, CodebookConfig, ModularDecompositionConfig
 
 VOCABULARY = 96
 
@@ -135,3 +137,20 @@ ALL_KINDS = ("mlp", "query_key", "value_output")
 def compressed(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     fields = {"kinds": ALL_KINDS, **fields}
     return hf_compress.compress(make_model(family, dtype), recipe(**fields))
+
+
+# Every method with a recipe that touches all it can, for the battery.
+METHODS: dict[str, Callable[[], Any]] = {
+    "modular": lambda: recipe(kinds=ALL_KINDS),
+    "codebook": lambda: CodebookConfig(bits=3, rows_per_codebook=8, calibration=calibration()),
+}
+
+
+@functools.cache
+def _compressed_once(method: str, family: str, dtype: torch.dtype) -> PreTrainedModel:
+    return hf_compress.compress(make_model(family, dtype), METHODS[method]())
+
+
+def compress_with(method: str, family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A copy of its own of a compressed model; the compression itself is done once a session."""
+    return copy.deepcopy(_compressed_once(method, family, dtype))

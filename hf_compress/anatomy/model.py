@@ -79,6 +79,23 @@ class ModelAnatomy:
         field = self.mlp.feeds_residual_field
         return bool(getattr(text_config(self.model), field)) if field else self.mlp.feeds_residual
 
+    def block_matrices(self, index: int) -> list[tuple[str, str]]:
+        """Path and kind of every `nn.Linear` of a block: "mlp", "query_key" or "value_output" if the record names it,
+        otherwise "other"."""
+        kinds: dict[str, str] = {}
+        if self.record.attention is not None:
+            for role in ("query", "key", "value", "output"):
+                kinds[self.attention_path(index, role)] = "query_key" if role in ("query", "key") else "value_output"
+        if self.record.mlp is not None:
+            for role in ("up", "gate", "down") if self.mlp.gate else ("up", "down"):
+                kinds[self.mlp_path(index, role)] = "mlp"
+        return [
+            (path, kinds.get(path, "other"))
+            for name, module in self.block(index).named_modules()
+            if isinstance(module, nn.Linear)
+            for path in [join(self.block_paths[index], name)]
+        ]
+
     def linear_paths(self) -> Iterator[str]:
         """The matrices of all blocks that a record names: what `reduction` counts."""
         for index in range(len(self)):

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from ..configuration import MethodConfig
 
 # Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
-Method = Annotated[str, typer.Option(help="Compression method: modular (modular decomposition).")]
+Method = Annotated[str, typer.Option(help="modular (modular decomposition) or codebook (learned codebooks).")]
 Reduction = Annotated[
     str | None,
     typer.Option(help="Fraction of block-linear weights to remove, or one a kind: mlp=0.25,query_key=0.1."),
 ]
+Bits = Annotated[str | None, typer.Option(help="codebook: 2, 3 or 4 a weight, or one a kind: mlp=2,query_key=3.")]
+Learning = Annotated[str | None, typer.Option(help="codebook: none (needs no data), feedback or joint.")]
+ColumnGroup = Annotated[int | None, typer.Option(help="codebook: columns that share a scale, a multiple of 32.")]
 Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]
 Allocation = Annotated[str | None, typer.Option(help="block_influence, uniform or search.")]
 Temperature = Annotated[str | None, typer.Option(help="Temperature of the allocation, or auto.")]
@@ -48,9 +51,12 @@ def build_recipe(method: str, calibration: CalibrationConfig | None = None, **op
     Raises:
         ConfigurationError: for an unknown method, or a value that the method refuses.
     """
+    from ..methods.codebook.configuration import CodebookConfig
     from ..methods.modular.configuration import ModularDecompositionConfig
 
-    recipes: dict[str, type[MethodConfig]] = {ModularDecompositionConfig.method: ModularDecompositionConfig}
+    recipes: dict[str, type[MethodConfig]] = {
+        config.method: config for config in (ModularDecompositionConfig, CodebookConfig)
+    }
     # The method's own name may be longer than what one likes to type.
     recipes["modular"] = ModularDecompositionConfig
     if method not in recipes:
@@ -73,6 +79,21 @@ def parse_reduction(text: str | None) -> float | dict[str, float] | None:
     except ValueError:
         raise ConfigurationError(
             f"--reduction {text!r} is no fraction such as 0.2, and not one a kind such as mlp=0.25,query_key=0.1."
+        ) from None
+
+
+def parse_bits(text: str | None) -> int | dict[str, int] | None:
+    """`"3"` or `"mlp=2,query_key=3"`; raises `ConfigurationError` for anything else."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = [part.split("=") for part in text.split(",")]
+        return {kind.strip(): int(value) for kind, value in pairs}
+    except ValueError:
+        raise ConfigurationError(
+            f"--bits {text!r} is no number such as 3, and not one a kind such as mlp=2,query_key=3."
         ) from None
 
 

@@ -18,6 +18,9 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
     method: options.Method = "modular",
     reduction: options.Reduction = None,
+    bits: options.Bits = None,
+    learning: options.Learning = None,
+    column_group: options.ColumnGroup = None,
     kinds: options.Kinds = None,
     allocation: options.Allocation = None,
     temperature: options.Temperature = None,
@@ -49,21 +52,26 @@ def run(
 ) -> None:
     """Compress MODEL and write the result, with its tokenizer, to OUT."""
     check_output(out)
-    calibration = options.build_calibration(
-        dataset or [],
-        dataset_name,
-        split,
-        text_column,
-        dataset_weight,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    calibration = None
+    if dataset or learning != "none":
+        calibration = options.build_calibration(
+            dataset or [],
+            dataset_name,
+            split,
+            text_column,
+            dataset_weight,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+        )
     recipe = options.build_recipe(
         method,
         calibration,
         reduction=options.parse_reduction(reduction),
+        bits=options.parse_bits(bits),
+        learning=learning,
+        column_group=column_group,
         kinds=options.parse_kinds(kinds),
         allocation=allocation,
         temperature=options.parse_temperature(temperature),
@@ -82,7 +90,8 @@ def run(
     from ..evaluation import size_on_disk
     from .loading import load_model, load_tokenizer
 
-    check_local_data(calibration)
+    if calibration is not None:
+        check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)

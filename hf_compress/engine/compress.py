@@ -304,7 +304,15 @@ def _require_finite_weights(model: nn.Module) -> None:
 
 
 def _count(model: nn.Module, anatomy: ModelAnatomy) -> tuple[int, int, int]:
-    """Elements of the blocks' matrices, parameters of the model (tied once), and the parameters' bytes."""
-    parameters = list(model.parameters())
-    matrices = sum(model.get_parameter(f"{path}.weight").numel() for path in anatomy.linear_paths())
-    return matrices, sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    """Weights of the blocks' matrices, weights of the model (tied once), and the bytes of what is stored of it."""
+    linears: list[Any] = [model.get_submodule(path) for path in anatomy.linear_paths()]
+    matrices = sum(linear.in_features * linear.out_features for linear in linears)
+    # A matrix kept as codes has no parameter and still its weights.
+    coded = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters
+    )
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    return matrices, coded + sum(parameter.numel() for parameter in model.parameters()), size

@@ -71,20 +71,20 @@ def plan(
             raise ConfigurationError(
                 f"{str(model)!r} is quantized or compressed already; plan for the dense original."
             )
-        model = _skeleton(read)
+        model = _skeleton(read).to(read.dtype or torch.float32)
         width = torch.empty(0, dtype=read.dtype or torch.float32).element_size()
     else:
         width = next(model.parameters()).element_size()
     anatomy = resolve_anatomy(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     matrices = sum(model.get_submodule(path).weight.numel() for path in anatomy.linear_paths())
-    removed = memory = 0
+    removed = memory = saved = 0
     for stage in recipe.stages:
         expected = create_method(stage, anatomy).expect()
         removed, memory = removed + expected.removed_weights, max(memory, expected.statistics_bytes)
-    return CompressionPlan(
-        matrices, matrices - removed, before, before - removed, before * width, (before - removed) * width, memory
-    )
+        saved += expected.saved_bytes
+    on_disk = (before - removed) * width - saved
+    return CompressionPlan(matrices, matrices - removed, before, before - removed, before * width, on_disk, memory)
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:

@@ -18,6 +18,7 @@ class ModuleReport:
         size_before, size_after: the size that was reduced: MLP width, or dimensions a head.
         parameters_before, parameters_after: of the kind's matrices and biases in this block.
         error: relative squared error of the part's output on the calibration data (of the logits for query/key).
+        bytes_before, bytes_after: of the matrices, with all that belongs to them; 0 where only their sizes changed.
     """
 
     block: int
@@ -28,6 +29,8 @@ class ModuleReport:
     parameters_before: int
     parameters_after: int
     error: float
+    bytes_before: int = 0
+    bytes_after: int = 0
 
 
 def _known_fields(cls: type[Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +46,7 @@ class CompressionReport:
         modules: one row a compressed part.
         block_linear_before, block_linear_after: elements of the blocks' weight matrices, what `reduction` counts.
         parameters_before, parameters_after: of the whole model, tied ones once.
-        bytes_before, bytes_after: of all parameters in memory.
+        bytes_before, bytes_after: of all parameters and persistent buffers in memory.
         notes: choices that were made from data, e.g. the probe's losses.
         left_alone: what was not compressed and why.
     """
@@ -68,11 +71,25 @@ class CompressionReport:
         """Removed share of all parameters."""
         return 1 - self.parameters_after / self.parameters_before
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the matrices that are kept as codes, everything counted; `None` if there are none."""
+        coded = [row for row in self.modules if row.bytes_after]
+        weights = sum(row.parameters_before for row in coded)
+        return 8 * sum(row.bytes_after for row in coded) / weights if weights else None
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Bits in memory for every parameter of the dense model."""
+        return 8 * self.bytes_after / self.parameters_before
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
             "block_linear_reduction": self.block_linear_reduction,
             "parameter_reduction": self.parameter_reduction,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
         }
 
     @classmethod
@@ -106,6 +123,11 @@ class CompressionReport:
             ("bytes in memory", self.bytes_before, self.bytes_after),
         ):
             lines.append(f"{name:<16} {before:>15,} → {after:>15,}  ({after / before - 1:+.1%})")
+        if self.bits_per_weight is not None:
+            lines.append(
+                f"bits a coded weight: {self.bits_per_weight:.3f}; a weight of the whole model: "
+                f"{self.model_bits_per_weight:.3f}"
+            )
         lines += [f"{name}: {value}" for name, value in sorted(self.notes.items())]
         lines += [f"left alone: {reason}" for reason in self.left_alone]
         return "\n".join(lines)

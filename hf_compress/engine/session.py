@@ -58,11 +58,13 @@ class Expectation:
         removed_weights: weights removed from the blocks.
         largest_gram: side of the largest matrix of statistics; fewer calibration tokens leave it singular.
         statistics_bytes: of one block at a time.
+        saved_bytes: what the weights that stay take less than in the checkpoint's dtype.
     """
 
     removed_weights: int
     largest_gram: int
     statistics_bytes: int
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
     """
     anatomy, rows = session.anatomy, list[ModuleReport]()
     blocks = range(len(anatomy))
-    if not method.needs_calibration:
-        return rows
-    pending = [block for block in blocks if not resume.has(block)]
+    pending = [block for block in blocks if not resume.has(block)] if method.needs_calibration else []
     last_pending = pending[-1] if pending else -1
+    # Without data, or with every block finished, nothing runs.
     stream = session.stream(session.batches if pending else [])
     dense = stream.copy() if method.sequential else None
     for block in session.progress(blocks, "compress"):

@@ -1,5 +1,5 @@
 """The compression methods. Importing this package registers them."""
 
-from . import modular
+from . import codebook, modular
 
-__all__ = ["modular"]
+__all__ = ["codebook", "modular"]

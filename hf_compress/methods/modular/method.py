@@ -74,7 +74,10 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
 
     def expect(self) -> Expectation:
         geometry = self.geometry
-        sizes = allocate(geometry, kind_reductions(geometry, self.config, self._kinds()), None, self.config, 1.0)
+        shares = kind_reductions(geometry, self.config, self._kinds())
+        sizes = allocate(geometry, shares, None, self.config, 1.0)
+        if self.config.portable and self.needs_calibration:
+            sizes = self._one_width(shares["mlp"])
         width = max((m.size for m in geometry.modules if m.kind == "mlp"), default=0)
         # The float64 Gram, its factor and its inverse.
         return Expectation(geometry.removed(sizes), width, 3 * 8 * width**2)
@@ -98,7 +101,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             self._require_held_out(session, 'allocation="search"', 'set allocation="block_influence"')
             self.sizes = improve(session, config, self.geometry, self.sizes)
         if config.portable:
-            self._one_width(shares["mlp"])
+            self.sizes = self._one_width(shares["mlp"])
 
     def _shares(self, session: Session, influence: torch.Tensor | None, temperature: float) -> dict[Kind, float]:
         """What share of its weights each kind gives: from the recipe, or divided by a probe of every kind alone."""
@@ -165,12 +168,12 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
                 f"Give more text and num_held_out of 1 or more, load the model with its head, or {way_out}."
             )
 
-    def _one_width(self, share: float) -> None:
-        module = self.geometry.modules[0]
+    def _one_width(self, share: float) -> Sizes:
+        """The same MLP width in every block, the nearest to the share that a step allows."""
+        module = next(m for m in self.geometry.modules if m.kind == "mlp")
         steps = round(module.size * (1 - share) / module.multiple)
         width = min(max(steps, 1) * module.multiple, module.size)
-        for sizes in self.sizes:
-            sizes["mlp"] = width
+        return [{**sizes, "mlp": width} for sizes in self.geometry.dense()]
 
     def decisions(self) -> dict[str, Any]:
         return {"sizes": self.sizes}
