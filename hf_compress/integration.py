@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
@@ -195,7 +195,8 @@ def _save_pretrained(
     if not (ours or _is_unsaved(model)) or getattr(model, "_hf_peft_config_loaded", False):
         return original(model, save_directory, *args, **kwargs)
     target = Path(save_directory)
-    writes_here = kwargs.get("is_main_process", args[0] if args else True)
+    # Not every process of a distributed run writes, whatever it says of itself.
+    writes_here = model.should_save_on_this_rank(kwargs.get("is_main_process", args[0] if args else True))
     if not writes_here or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint") or target.is_file():
         result = original(model, save_directory, *args, **kwargs)
     else:
@@ -244,9 +245,7 @@ def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:
 class _PeftFinder(MetaPathFinder):
     """Wraps PEFT when the user imports it. Importing it from here would cost seconds to those who do not use it."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, path, target) if fullname == "peft" else None
         if spec is None or spec.loader is None:
             return None

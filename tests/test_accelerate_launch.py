@@ -140,11 +140,6 @@ def test_both_processes_hold_the_same_model(name: str, workplace: Path) -> None:
     assert (config["intermediate_size"] < 96) == (name == "portable")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="integration._save_pretrained asks is_main_process alone, where Transformers asks the rank as well: the "
-    "second process takes what it did not write for a new save without weights, and removes the first one's",
-)
 @pytest.mark.usefixtures("results")
 @pytest.mark.parametrize("name", ["portable", "attention"])
 def test_the_save_of_one_process_survives_that_of_the_other(name: str, workplace: Path) -> None:
@@ -153,11 +148,6 @@ def test_the_save_of_one_process_survives_that_of_the_other(name: str, workplace
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine.distributed makes a PartialState without cpu=True where ACCELERATE_USE_CPU is set: each process "
-    "takes itself for the only one, compresses a copy of its own, and the Accelerator that follows is single as well",
-)
 def test_the_accelerator_may_come_after_the_model(workplace: Path) -> None:
     results = launch(workplace, "model first")
     assert [result["processes"] for result in results] == [2, 2]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from ..errors import CompressionError
 from ..layout import layout_of, replay
 from .report import CompressionReport
 
+# Where torchrun and the MPI launchers say how many processes there are.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 Outcome = tuple[CompressionReport, dict[str, Any]]
 
 
@@ -22,9 +24,10 @@ def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
 
     The other processes wait; none compresses a copy of its own. An error of the main process is raised on all.
     """
-    if not torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    if not torch.distributed.is_initialized() and get_int_from_env(WORLD_SIZES, 1) <= 1:
         return run()
-    state = PartialState()
+    # As the launcher asks for it: without, a process on CPUs takes itself for the only one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes == 1:
         return run()
     message: list[Any] = [None]
