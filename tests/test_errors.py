@@ -119,7 +119,7 @@ def test_no_held_out_sequences() -> None:
     ("build", "message"),
     [
         (lambda: BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)), "decoder-only"),
-        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2)), "decoder-only"),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2)), "no anatomy record"),
         (
             lambda: FalconForCausalLM(FalconConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)),
             "register_anatomy",

@@ -25,7 +25,7 @@ from hf_compress.cli import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Every Python block is run; one more has to be named here and run below.
-EXAMPLE, MIXTURE, FAMILY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MIXTURE, FAMILY, CODES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASH = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = re.findall(r"^hf-compress .*", BASH, re.MULTILINE)
 INLINE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
@@ -61,6 +61,8 @@ found["mixture"] = parameters(compress(from_pretrained(name), recipe, calibratio
 
 FAMILY
 found["family"] = find_record("my_llama").mlp.up
+CODES
+found["bits"] = model.compression_report.bits_per_weight
 print("FOUND", json.dumps(found))
 """
 
@@ -113,7 +115,9 @@ def test_the_python_examples(workplace: Path) -> None:
         EXAMPLE, ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"), (dataset + ', split="train"', '"texts.txt"')
     )
     mixture = substituted(MIXTURE, (dataset, '"texts.txt"'))
-    rest = substituted(REST, ("\nMIXTURE\n", f"\n{mixture}\n"), ("\nFAMILY\n", f"\n{FAMILY}\n"))
+    rest = substituted(
+        REST, ("\nMIXTURE\n", f"\n{mixture}\n"), ("\nFAMILY\n", f"\n{FAMILY}\n"), ("\nCODES\n", f"\n{CODES}\n")
+    )
     (workplace / "example.py").write_text(example + rest)
     # A published GGUF file is in test_real_gguf.py.
     calls = [code for code in TABLE if "gguf_file" not in code]
@@ -130,6 +134,7 @@ def test_the_python_examples(workplace: Path) -> None:
 
     assert (workplace / "work").is_dir(), "the working directory of the resumable run"
     assert found.pop("family") == "up"
+    assert 3 < found.pop("bits") < 5
     assert found.pop("model.dequantize()") == found["dense"]
     assert found.pop("mixture") < found.pop("dense")
     assert set(found) == {"example", *calls} - {"model.dequantize()"}
@@ -160,7 +165,7 @@ def test_every_option_is_known() -> None:
         if words[:1] == ["hf-compress"]:
             assert options <= known[words[1]], line
         elif words[:1] == ["python"]:
-            source = (ROOT / words[1]).read_text()
+            source = (ROOT / words[1]).read_text() + (ROOT / "tests/benchmarks/setting.py").read_text()
             assert all(f'"{option}"' in source for option in options), line
             benchmarks += 1
         else:

@@ -1,6 +1,6 @@
 """Model families as data."""
 
-from .model import ModelAnatomy, join, read_attribute, resolve_anatomy, text_config
+from .model import ModelAnatomy, join, read_attribute, require_decoder, resolve_anatomy, text_config
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types, register_anatomy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "known_model_types",
     "read_attribute",
     "register_anatomy",
+    "require_decoder",
     "resolve_anatomy",
     "text_config",
 ]

@@ -82,7 +82,7 @@ class ModelAnatomy:
     def block_matrices(self, index: int) -> list[tuple[str, str]]:
         """Path and kind of every `nn.Linear` of a block: "mlp", "query_key" or "value_output" if the record names it,
         otherwise "other"."""
-        kinds: dict[str, str] = {}
+        kinds = {join(self.block_paths[index], path): kind for path, kind in self.record.kinds}
         if self.record.attention is not None:
             for role in ("query", "key", "value", "output"):
                 kinds[self.attention_path(index, role)] = "query_key" if role in ("query", "key") else "value_output"
@@ -105,6 +105,8 @@ class ModelAnatomy:
             if self.record.mlp is not None:
                 for role in ("up", "gate", "down") if self.mlp.gate else ("up", "down"):
                     yield self.mlp_path(index, role)
+            for path, _ in self.record.kinds:
+                yield join(self.block_paths[index], path)
 
 
 def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
@@ -117,7 +119,6 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     config = text_config(model)
     record = find_record(config.model_type)
     if record is None:
-        _require_decoder(model)
         raise UnsupportedModelError(
             f"no anatomy record describes model type {config.model_type!r} ({type(model).__name__}). "
             f"Known: {', '.join(known_model_types())}. Found {_describe(model)}. "
@@ -153,15 +154,13 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     return anatomy
 
 
-def _require_decoder(model: PreTrainedModel) -> None:
-    """The families known so far are decoders; an encoder is told so rather than that its type is unknown."""
-    config = text_config(model)
-    base = model.base_model
-    encoder = hasattr(base, "encoder") and not hasattr(base, "decoder") and not getattr(config, "is_decoder", False)
-    if encoder or getattr(model.config, "is_encoder_decoder", False):
+def require_decoder(anatomy: ModelAnatomy, what: str) -> None:
+    """Raise `UnsupportedModelError` for an encoder, before it is looked for what it does not have."""
+    if not anatomy.record.decoder:
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type!r}) is no decoder-only language model, and only those are "
-            f"supported so far: {', '.join(known_model_types())}."
+            f"{what} is for decoder-only language models so far, and {type(anatomy.model).__name__} "
+            f"({text_config(anatomy.model).model_type!r}) is none. Known decoders: "
+            f"{', '.join(known_model_types(decoder=True))}."
         )
 
 

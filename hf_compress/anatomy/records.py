@@ -80,12 +80,17 @@ class Anatomy:
         model_types: the `config.model_type` values that the record describes.
         blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`).
         attention, mlp: the parts of a block; `None` for a part that the record does not describe.
+        kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
+            for methods that treat every matrix by itself.
+        decoder: a causal language model.
     """
 
     model_types: tuple[str, ...]
     blocks: str = "layers"
     attention: AttentionAnatomy | None = AttentionAnatomy()
     mlp: MlpAnatomy | None = MlpAnatomy()
+    kinds: tuple[tuple[str, str], ...] = ()
+    decoder: bool = True
 
 
 _RECORDS: dict[str, Anatomy] = {}
@@ -107,8 +112,9 @@ def find_record(model_type: str) -> Anatomy | None:
     return _RECORDS.get(model_type)
 
 
-def known_model_types() -> list[str]:
-    return sorted(_RECORDS)
+def known_model_types(decoder: bool | None = None) -> list[str]:
+    """The model types with a record; of decoders or of encoders only, if asked."""
+    return sorted(name for name, record in _RECORDS.items() if decoder in (None, record.decoder))
 
 
 register_anatomy(Anatomy(model_types=("llama",)))
@@ -157,3 +163,35 @@ register_anatomy(
         ),
     )
 )
+
+
+def _register_encoder(model_types: tuple[str, ...], blocks: str, **kinds: tuple[str, ...]) -> None:
+    """An encoder of text or of images: every matrix by itself."""
+    pairs = tuple((path, kind) for kind, paths in kinds.items() for path in paths)
+    register_anatomy(
+        Anatomy(model_types=model_types, blocks=blocks, attention=None, mlp=None, kinds=pairs, decoder=False)
+    )
+
+
+_register_encoder(
+    ("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+    "encoder.layer",
+    query_key=("attention.self.query", "attention.self.key"),
+    value_output=("attention.self.value", "attention.output.dense"),
+    mlp=("intermediate.dense", "output.dense"),
+)
+_register_encoder(
+    ("distilbert",),
+    "transformer.layer",
+    query_key=("attention.q_lin", "attention.k_lin"),
+    value_output=("attention.v_lin", "attention.out_lin"),
+    mlp=("ffn.lin1", "ffn.lin2"),
+)
+for _types, _blocks in ((("vit", "deit"), "layers"), (("dinov2",), "encoder.layer")):
+    _register_encoder(
+        _types,
+        _blocks,
+        query_key=("attention.q_proj", "attention.k_proj"),
+        value_output=("attention.v_proj", "attention.o_proj"),
+        mlp=("mlp.fc1", "mlp.fc2"),
+    )

@@ -234,12 +234,13 @@ def _load_data(
     data = load_calibration_data(
         source,
         processing_class,
-        vocab_size=config.vocab_size,
+        vocab_size=getattr(config, "vocab_size", None),
         max_length=getattr(config, "max_position_embeddings", None),
         token=load_arguments.get("token"),
         cache_dir=load_arguments.get("cache_dir"),
     )
-    warn_if_few_tokens(data.num_tokens, method.expect().largest_gram)
+    if all("input_ids" in batch for batch in data.batches):  # images have many positions each, and no count of them
+        warn_if_few_tokens(data.num_tokens, method.expect().largest_gram)
     return data
 
 

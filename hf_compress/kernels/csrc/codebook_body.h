@@ -77,15 +77,16 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
                   const float *const *tables, const float *scales, const float *x, float *out) {
     const hfc_matrix *matrix = job->matrix;
     const size_t words = (size_t)(matrix->units * bits), stride = (size_t)job->stride;
-    const uint32_t *codes = matrix->codes + (size_t)row * words, *ahead = codes + rows * words + HFC_AHEAD;
+    const uint32_t *codes[ROW_BLOCK], *ahead = matrix->codes + (size_t)(row + rows) * words + HFC_AHEAD;
     floats base[ROW_BLOCK], sums[ROW_BLOCK][X_BLOCK];
     table scaled[ROW_BLOCK];
     UNROLL for (int r = 0; r < rows; r++) {
+        codes[r] = matrix->codes + (size_t)(row + r) * words;
         base[r] = load_table(bits, tables[r]);
         scaled[r] = make_table(bits, base[r], scales[r * matrix->groups]);
         UNROLL for (int i = 0; i < count; i++) sums[r][i] = zero();
     }
-    for (int64_t unit = 0, next = matrix->group_units; unit < matrix->units; unit++, codes += bits, x += HFC_UNIT) {
+    for (int64_t unit = 0, next = matrix->group_units; unit < matrix->units; unit++, x += HFC_UNIT) {
         if (unit == next) {
             scales++;
             next += matrix->group_units;
@@ -98,15 +99,56 @@ INLINE void block(const int bits, const int rows, const int count, const hfc_job
         if (count <= 2) __builtin_prefetch(ahead + (size_t)unit * rows * bits, 0, 2);
         UNROLL for (int half = 0; half < 2; half++) {
             UNROLL for (int r = 0; r < rows; r++) {
-                const floats weights = look_up(bits, codes + (size_t)r * words, half, scaled[r]);
+                const floats weights = look_up(bits, codes[r], half, scaled[r]);
                 UNROLL for (int i = 0; i < count; i++)
                     sums[r][i] = multiply_add(weights, load(x + i * stride + half * HFC_STEP), sums[r][i]);
             }
         }
+        UNROLL for (int r = 0; r < rows; r++) codes[r] += bits;
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int i = 0; i < count; i++) out[i * HFC_CHUNK + r] = sum(sums[r][i]);
 }
+
+/* Functions of their own, so that nothing around the loop takes its registers. */
+typedef void block_function(const hfc_job *job, int64_t row, const float *const *tables, const float *scales,
+                            const float *x, float *out);
+#define BLOCK(name, bits, rows, count)                                                               \
+    static __attribute__((noinline)) TARGET void name(const hfc_job *job, int64_t row,               \
+                                                      const float *const *tables, const float *scales, \
+                                                      const float *x, float *out) {                  \
+        block(bits, rows, count, job, row, tables, scales, x, out);                                  \
+    }
+#define BLOCKS(bits, count)                             \
+    BLOCK(block_##bits##_##count, bits, ROW_BLOCK, count) \
+    BLOCK(row_##bits##_##count, bits, 1, count)
+
+BLOCKS(2, 1)
+BLOCKS(3, 1)
+BLOCKS(4, 1)
+#if X_BLOCK == 1
+#define NAMES(kind, bits) {kind##_##bits##_1}
+#else
+BLOCKS(2, 2)
+BLOCKS(3, 2)
+BLOCKS(4, 2)
+#if X_BLOCK == 2
+#define NAMES(kind, bits) {kind##_##bits##_1, kind##_##bits##_2}
+#else
+BLOCKS(2, 3)
+BLOCKS(3, 3)
+BLOCKS(4, 3)
+BLOCKS(2, 4)
+BLOCKS(3, 4)
+BLOCKS(4, 4)
+#define NAMES(kind, bits) {kind##_##bits##_1, kind##_##bits##_2, kind##_##bits##_3, kind##_##bits##_4}
+#endif
+#endif
+
+/* By bits and rows of x - 1. */
+static block_function *const row_blocks[5][X_BLOCK] = {
+    [2] = NAMES(block, 2), [3] = NAMES(block, 3), [4] = NAMES(block, 4)};
+static block_function *const single_rows[5][X_BLOCK] = {[2] = NAMES(row, 2), [3] = NAMES(row, 3), [4] = NAMES(row, 4)};
 
 /* The scales of the row block that begins at `row`: they are read in bursts, once for a chunk. */
 INLINE void prefetch_scales(const hfc_matrix *matrix, int64_t row) {
@@ -115,57 +157,29 @@ INLINE void prefetch_scales(const hfc_matrix *matrix, int64_t row) {
     for (size_t place = 0; place < ROW_BLOCK * bytes; place += 64) __builtin_prefetch(scales + place, 0, 2);
 }
 
-/* Rows `from` to `to` of x against `rows` rows of W. */
-INLINE void rows_block(const int bits, const int rows, const hfc_job *job, int64_t row, const float *const *tables,
-                       const float *scales, int64_t from, int64_t to, float *out) {
-    int64_t i = from;
-    for (; i + X_BLOCK <= to; i += X_BLOCK)
-        block(bits, rows, X_BLOCK, job, row, tables, scales, job->x + i * job->stride, out + i * HFC_CHUNK);
-#if X_BLOCK > 1
-    const float *x = job->x + i * job->stride;
-    out += i * HFC_CHUNK;
-    switch (to - i) {
-#if X_BLOCK > 3
-    case 3: block(bits, rows, 3, job, row, tables, scales, x, out); break;
-#endif
-#if X_BLOCK > 2
-    case 2: block(bits, rows, 2, job, row, tables, scales, x, out); break;
-#endif
-    case 1: block(bits, rows, 1, job, row, tables, scales, x, out); break;
-    default: break;
-    }
-#endif
-}
-
-INLINE int32_t chunk(const int bits, const hfc_job *job, int64_t first, int64_t last, const float *scales,
-                     float *results) {
-    const int64_t groups = job->matrix->groups;
+/* results[i * HFC_CHUNK + r] for rows `first` to `last` of W and all rows of x. */
+static TARGET int32_t multiply(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
+    const int64_t groups = job->matrix->groups, rows = last - first;
     const float *tables[HFC_CHUNK];
-    for (int64_t row = first; row < last; row++)
-        if (!(tables[row - first] = table_of(job, row))) return HFC_BAD_CODEBOOK;
-    /* So many rows of x that they stay in the second cache while the rows of W pass. */
+    for (int64_t r = 0; r < rows; r++)
+        if (!(tables[r] = table_of(job, first + r))) return HFC_BAD_CODEBOOK;
+    /* So many rows of x at a time that they stay in the second cache while the rows of W pass. */
     const int64_t most = HFC_CACHED / job->stride / X_BLOCK * X_BLOCK, step = most > X_BLOCK ? most : X_BLOCK;
     for (int64_t from = 0; from < job->count; from += step) {
         const int64_t to = from + step < job->count ? from + step : job->count;
-        int64_t r = 0;
-        for (; r + ROW_BLOCK <= last - first; r += ROW_BLOCK) {
+        for (int64_t r = 0, next; r < rows; r = next) {
+            const int whole = r + ROW_BLOCK <= rows;
+            block_function *const *functions = (whole ? row_blocks : single_rows)[job->matrix->bits];
+            next = r + (whole ? ROW_BLOCK : 1);
             prefetch_scales(job->matrix, first + r + HFC_CHUNK);
-            rows_block(bits, ROW_BLOCK, job, first + r, tables + r, scales + r * groups, from, to, results + r);
+            for (int64_t i = from; i < to; i += X_BLOCK) {
+                const int64_t count = to - i < X_BLOCK ? to - i : X_BLOCK;
+                functions[count - 1](job, first + r, tables + r, scales + r * groups, job->x + i * job->stride,
+                                     results + i * HFC_CHUNK + r);
+            }
         }
-        for (; r < last - first; r++)
-            rows_block(bits, 1, job, first + r, tables + r, scales + r * groups, from, to, results + r);
     }
     return HFC_OK;
-}
-
-static TARGET int32_t chunk_2(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
-    return chunk(2, job, first, last, scales, results);
-}
-static TARGET int32_t chunk_3(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
-    return chunk(3, job, first, last, scales, results);
-}
-static TARGET int32_t chunk_4(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
-    return chunk(4, job, first, last, scales, results);
 }
 
 /* y[:, first:last] for at most HFC_CHUNK rows of W. */
@@ -174,9 +188,7 @@ static TARGET int32_t linear(const hfc_job *job, int64_t first, int64_t last, fl
     const size_t rows = (size_t)(last - first), bytes = hfc_type_bytes(job->type);
     float *scales = scratch + 2 * HFC_CHUNK, *results = scales + HFC_CHUNK * matrix->groups, *bias = NULL;
     load_scales(matrix, first, last, scales, scratch);
-    const int32_t status = matrix->bits == 2   ? chunk_2(job, first, last, scales, results)
-                           : matrix->bits == 3 ? chunk_3(job, first, last, scales, results)
-                                               : chunk_4(job, first, last, scales, results);
+    const int32_t status = multiply(job, first, last, scales, results);
     if (status) return status;
     if (job->bias) {
         bias = scratch + HFC_CHUNK;

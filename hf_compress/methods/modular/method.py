@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import ModelAnatomy, text_config
+from ...anatomy import ModelAnatomy, require_decoder, text_config
 from ...calibration.statistics import cosine_distances
 from ...engine.blocks import real_tokens, take_tokens
 from ...engine.registry import register_method
@@ -41,6 +41,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
+        require_decoder(anatomy, "modular decomposition")
         self.sequential = config.is_sequential
         self.geometry = Geometry.of(anatomy, config)
         self.sizes: Sizes = self.geometry.dense()
