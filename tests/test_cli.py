@@ -104,6 +104,20 @@ def test_run_saves_what_plain_transformers_loads(tiny_model: Path, text_file: Pa
     assert (out / "tokenizer.json").is_file()
 
 
+def test_run_with_codebooks_needs_no_data(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--method", "codebook", "--learning", "none", "--bits", "mlp=2,value_output=4")
+    result = invoke("run", tiny_model, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "bits a coded weight" in result.stdout
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers
+    assert layers[0].mlp.up_proj.bits == 2
+    assert layers[2].self_attn.o_proj.bits == 4
+    assert type(layers[1].self_attn.q_proj) is torch.nn.Linear
+    planned = invoke("plan", tiny_model, "--method", "codebook", "--bits", "2")
+    assert planned.exit_code == 0, planned.output
+    assert "bytes on disk" in planned.stdout
+
+
 def test_run_mixes_datasets_and_writes_a_portable_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"body": TEXT}) + "\n" for _ in range(200)))
@@ -178,6 +192,10 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
             ("run", "MODEL", "OUT", "--dataset", "./none.txt", "--reduction", "0.2", "--sequence-length", "64"),
             "none.txt",
         ),
+        (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--bits", "many"), "--bits 'many'"),
+        (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--bits", "5"), "2, 3 or 4"),
+        (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "3"), "--dataset"),
+        (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--reduction", "0.2"), "reduction"),
         (("plan", "./nowhere", "--reduction", "0.2"), "no folder './nowhere'"),
         (("eval", "MODEL"), "--text"),
         (("eval", "MODEL", "--text", "TEXT", "--dataset", "TEXT"), "one of the two"),
