@@ -4,7 +4,8 @@
 
 Every repeat times all variants once, one after the other; the table shows medians of the dense times and of the ratios
 to them, taken repeat by repeat: above 1 the kernel is faster. Each variant walks through so many copies of its weights
-that they do not stay in the caches, as the layers of a model do not.
+that they do not stay in the caches, as the layers of a model do not. The last column says how many processors other
+processes used meanwhile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +24,30 @@ from hf_compress.kernels import CodebookMatrix, codebook_linear, kernel_name, wo
 
 # (out, in): LLaMA-2-7B's MLP both ways, SmolLM2-135M's MLP both ways.
 SHAPES = ((11008, 4096), (4096, 11008), (1536, 576), (576, 1536))
+STAT = Path("/proc/stat")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class OthersWatch:
+    """How many processors other processes kept busy within the context, from /proc/stat; 0 where there is none."""
+
+    processors = 0.0
+
+    def __enter__(self) -> OthersWatch:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, own, clock = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        self.processors = max(0.0, (busy - own) / clock)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        busy = 0.0
+        if STAT.exists():
+            user, nice, system, _, _, irq, soft, steal, *_ = map(int, STAT.read_text().split("\n")[0].split()[1:])
+            busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
 
 
 def random_matrix(rows: int, columns: int, bits: int, group: int) -> CodebookMatrix:
@@ -60,8 +85,8 @@ def seconds(calls: list[Callable[[], Tensor]], start: int, number: int, clock: C
 
 def measure(
     rows: int, columns: int, count: int, arguments: argparse.Namespace
-) -> tuple[dict[str, float], dict[tuple[int, str], float]]:
-    """Median seconds of the dense products by dtype, and median ratios by bits and dtype."""
+) -> tuple[dict[str, float], dict[tuple[int, str], float], float]:
+    """Median seconds of the dense products by dtype, median ratios by bits and dtype, processors that others used."""
     working_set = int(arguments.working_set * 1e6)
     clock = time.thread_time if arguments.clock == "cpu" else time.perf_counter
     variants: dict[tuple[int, str], list[Callable[[], Tensor]]] = {}
@@ -75,12 +100,18 @@ def measure(
                 working_set,
             )
     number = max(1, min(200, int(2e8 / (rows * columns * (count + 8)))))
-    times: dict[tuple[int, str], list[float]] = {key: [] for key in variants}
     for calls in variants.values():
         seconds(calls, 0, min(len(calls), 3), clock)
-    for repeat in range(arguments.repeats):
-        for key, calls in variants.items():
-            times[key].append(seconds(calls, repeat * number, number, clock))
+    found = []
+    deadline = time.monotonic() + arguments.patience
+    while len([share for share, _ in found if share <= arguments.others]) < arguments.repeats:
+        if len(found) >= arguments.repeats and time.monotonic() > deadline:
+            break
+        with OthersWatch() as others:
+            repeat = {key: seconds(calls, len(found) * number, number, clock) for key, calls in variants.items()}
+        found.append((others.processors, repeat))
+    quiet = sorted(found, key=lambda entry: entry[0])[: arguments.repeats]
+    times = {key: [repeat[key] for _, repeat in quiet] for key in variants}
     base = {name: statistics.median(times[0, name]) for name in DTYPES}
     ratios = {
         (bits, name): statistics.median(
@@ -89,7 +120,7 @@ def measure(
         for bits, name in variants
         if bits
     }
-    return base, ratios
+    return base, ratios, quiet[-1][0]
 
 
 def bound(shape: tuple[int, int], count: int, bits: int, name: str) -> float:
@@ -113,23 +144,30 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the calling thread, for a busy machine"
     )
+    parser.add_argument(
+        "--others", type=float, default=2.0, help="keep repeats in which others used at most so many processors"
+    )
+    parser.add_argument("--patience", type=float, default=30, help="seconds a row waits for such repeats")
     arguments = parser.parse_args()
     if arguments.clock == "cpu" and arguments.threads != [1]:
         parser.error("--clock cpu measures one thread: add --threads 1")
     torch.manual_seed(0)
     print(f"kernel {kernel_name()}, groups of {arguments.group}, load {os.getloadavg()[0]:.1f} at the start\n")
     heads = [f"{bits} bits {name}" for bits in arguments.bits for name in DTYPES]
-    print("| out × in | threads | rows of x | dense fp32 | dense bf16 | " + " | ".join(heads) + " |")
-    print("|---|---|---|---|---|" + "---|" * len(heads))
+    print("| out × in | threads | rows of x | dense fp32 | dense bf16 | " + " | ".join(heads) + " | others |")
+    print("|---|---|---|---|---|" + "---|" * (len(heads) + 1))
     missed = []
     for shape in [SHAPES[index] for index in arguments.shapes]:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             for count in arguments.counts:
-                base, ratios = measure(*shape, count, arguments)
+                base, ratios, others = measure(*shape, count, arguments)
                 cells = [f"{1e3 * base[name]:.3g} ms" for name in DTYPES]
                 cells += [f"{ratios[bits, name]:.2f} ×" for bits in arguments.bits for name in DTYPES]
-                print(f"| {shape[0]} × {shape[1]} | {threads} | {count} | " + " | ".join(cells) + " |", flush=True)
+                print(
+                    f"| {shape[0]} × {shape[1]} | {threads} | {count} | " + " | ".join(cells) + f" | {others:.1f} |",
+                    flush=True,
+                )
                 for (bits, name), ratio in ratios.items():
                     wanted = bound(shape, count, bits, name)
                     if ratio < wanted:
