@@ -95,6 +95,13 @@ def test_options_of_the_format_reload_bit_equal(options: dict[str, Any], tmp_pat
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+def test_indices_are_wide_enough_for_a_vocabulary() -> None:
+    sizes = {"bits": 4, "column_group": 32, "integer_scales": True, "device": "meta"}
+    assert CodebookLinear(32, 50_000, False, books=32_767, **sizes).row_codebook.dtype == torch.int16
+    assert CodebookLinear(32, 50_000, False, books=32_768, **sizes).row_codebook.dtype == torch.int32
+    assert CodebookLinear(32, 50_000, False, books=1, **sizes).row_codebook is None
+
+
 def test_casts_leave_the_format_alone(saved: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     layer = model.model.layers[0].mlp.up_proj

@@ -37,7 +37,7 @@ class CodebookLinear(nn.Linear):
         weight: packed codes, int32 (out_features, bits · ⌈in_features / 32⌉).
         codebooks: fp16 (books, 2^bits).
         scales: uint8 or fp16 (out_features, groups); `row_scales`: fp16 (out_features,) or `None`.
-        row_codebook: int16 (out_features,), `None` with a single codebook.
+        row_codebook: int16 or int32 (out_features,), `None` with a single codebook.
     """
 
     layout_type: ClassVar[str] = "codebook_linear"
@@ -75,7 +75,8 @@ class CodebookLinear(nn.Linear):
         scale_type = torch.uint8 if integer_scales else torch.float16
         self.register_buffer("scales", empty(out_features, groups, kind=scale_type))
         self.register_buffer("row_scales", empty(out_features, kind=torch.float16) if integer_scales else None)
-        self.register_buffer("row_codebook", empty(out_features, kind=torch.int16) if books > 1 else None)
+        index = torch.int16 if books <= torch.iinfo(torch.int16).max else torch.int32
+        self.register_buffer("row_codebook", empty(out_features, kind=index) if books > 1 else None)
         self.register_parameter("bias", nn.Parameter(empty(out_features, kind=dtype)) if bias else None)  # type: ignore[arg-type]
 
     @classmethod
