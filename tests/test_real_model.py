@@ -40,7 +40,8 @@ def texts(directory: Path) -> tuple[CalibrationConfig, torch.Tensor]:
 
 
 def load(directory: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
+    """In float32: few CPUs compute in bfloat16, and the others take several times as long."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_fifth_less_costs_a_bounded_perplexity(
     found = perplexity(model, texts[1], context=CONTEXT).perplexity
     assert found < 1.75 * dense_perplexity
 
-    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     saved, before = size_on_disk(tmp_path).weights, size_on_disk(directory).weights
     expected = sum(p.numel() * p.element_size() for p in model.parameters())
     assert expected <= saved < expected + 200_000
