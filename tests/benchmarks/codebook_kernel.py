@@ -99,7 +99,7 @@ def measure(
                 rows * columns * bits // 8,
                 working_set,
             )
-    number = max(1, min(200, int(2e8 / (rows * columns * (count + 8)))))
+    number = max(1, min(200, int(2e9 / (rows * columns * (count + 8)))))
     for calls in variants.values():
         seconds(calls, 0, min(len(calls), 3), clock)
     found = []
