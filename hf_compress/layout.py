@@ -77,19 +77,59 @@ def replay(model: nn.Module, layout: Any) -> None:
         raise CheckpointError("the checkpoint's quantization_config has no `layout`: it is damaged. Compress again.")
     for entry in layout:
         _check_entry(entry)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    with_head = any(entry["path"].startswith(prefix) for entry in layout)
+    for entry in layout:
+        if with_head and not entry["path"].startswith(prefix) and not _has(model, entry["path"]):
+            continue  # part of a head that this class of model does not have
         path = _path_in(model, entry["path"])
         model.set_submodule(path, build_module(model.get_submodule(path), entry))
+    connect(model)
+
+
+def connect(model: nn.Module) -> None:
+    """Let modules that use another module's tensors find it: their `connect` is handed the module at `source_path`.
+
+    Transformers would tie the dense weights that are no longer there, so these pairs are taken from its list.
+
+    Raises:
+        CheckpointError: no such module, or one that does not fit.
+    """
+    for path, module in list(model.named_modules()):
+        source = getattr(module, "source_path", None)
+        if type(module) not in _MODULE_TYPES.values() or source is None:
+            continue
+        try:
+            module.connect(model.get_submodule(_path_in(model, source)))
+        except ValueError as error:
+            raise CheckpointError(f"{path!r} {error}.") from error
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            tied = getattr(model, name, None) or {}
+            setattr(model, name, {target: of for target, of in tied.items() if target != f"{path}.weight"})
+
+
+def disconnect(model: Any) -> None:
+    """After the last such module has gone: let Transformers tie the dense weights again."""
+    if "_tied_weights_keys" in model.__dict__:
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _path_in(model: nn.Module, path: str) -> str:
     """A layout's path in this model: with a head the base model has a prefix, on its own it has none."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
+        if _has(model, candidate):
+            return candidate
     raise CheckpointError(
         f"the layout replaces {path!r}, which {type(model).__name__} does not have. "
         "The config and the layout belong to different models."

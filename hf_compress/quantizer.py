@@ -17,7 +17,7 @@ from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import current_load_arguments
-from .layout import FORMAT_VERSION, check_tensors, layout_of, replay
+from .layout import FORMAT_VERSION, check_tensors, disconnect, layout_of, replay
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -81,6 +81,9 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             replay(model, self.quantization_config.layout)
+            if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
+                # Tables that are trained stay in float32, whatever the model's dtype.
+                model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
         else:
             # The skeleton tells whether the recipe can be met, before any weight is read.
             prepare(model, CompressionConfig.wrap(self.quantization_config))
@@ -145,13 +148,14 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, state in states.items():
             module, dense = model.get_submodule(path), skeleton.get_submodule(path)
-            # A module of packed tensors may have no parameter: then the model's dtype is the one it was made from.
+            # Packed tensors have formats of their own: then the model's dtype is the one they were made from.
             own = next((parameter.dtype for parameter in module.parameters()), model.dtype)
-            device = next(iter(module.state_dict().values())).device
-            dense.to(own).to_empty(device=device)
+            own = model.dtype if getattr(module, "packs_weight", False) else own
+            dense.to(own).to_empty(device=state["weight"].device if "weight" in state else model.device)
             dense.load_state_dict(state)
             _record_outputs(model, dense, getattr(module, "recorded_outputs", ()))
             model.set_submodule(path, dense.to(dtype or own).train(module.training))
+        disconnect(model)
         return model
 
 

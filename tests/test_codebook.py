@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_compress
 from hf_compress import CodebookConfig
 from hf_compress.methods.codebook import CodebookLinear
+from hf_compress.methods.codebook.weight import CodebookFormat
 
 IDS = token_ids(3, 20, seed=5)
 
@@ -96,10 +97,13 @@ def test_options_of_the_format_reload_bit_equal(options: dict[str, Any], tmp_pat
 
 
 def test_indices_are_wide_enough_for_a_vocabulary() -> None:
-    sizes = {"bits": 4, "column_group": 32, "integer_scales": True, "device": "meta"}
-    assert CodebookLinear(32, 50_000, False, books=32_767, **sizes).row_codebook.dtype == torch.int16
-    assert CodebookLinear(32, 50_000, False, books=32_768, **sizes).row_codebook.dtype == torch.int32
-    assert CodebookLinear(32, 50_000, False, books=1, **sizes).row_codebook is None
+    def index(books: int) -> torch.Tensor | None:
+        format = CodebookFormat(bits=4, books=books, column_group=32, integer_scales=True)
+        return CodebookLinear(32, 50_000, False, format=format, device="meta").row_codebook
+
+    assert index(32_767).dtype == torch.int16
+    assert index(32_768).dtype == torch.int32
+    assert index(1) is None
 
 
 def test_casts_leave_the_format_alone(saved: Path) -> None:

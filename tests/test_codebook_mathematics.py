@@ -145,6 +145,15 @@ def test_stored_scales_are_near_and_the_largest_fits(weight: torch.Tensor, integ
     torch.testing.assert_close(again.scales, stored.scales, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 3e2])
+def test_small_and_large_weights_are_stored_as_well(weight: torch.Tensor, size: float) -> None:
+    """Units of scales in fp16 become denormal below weights of about 0.02, which many models have."""
+    small = weight.float() * size
+    coded = start(small, torch.ones(COLUMNS))
+    before, after = (m.relative_error(small, one.matrix(), None) for one in (coded, m.as_stored(coded, True)))
+    assert after < 1.1 * before + 1e-4
+
+
 def test_row_groups_tell_distributions_apart() -> None:
     torch.manual_seed(0)
     normal, spiky = torch.randn(20, 256), torch.randn(20, 256) ** 3

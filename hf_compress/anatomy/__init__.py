@@ -1,9 +1,19 @@
 """Model families as data."""
 
-from .model import ModelAnatomy, join, read_attribute, require_decoder, resolve_anatomy, text_config
+from .model import (
+    MATRICES,
+    ModelAnatomy,
+    join,
+    read_attribute,
+    require_decoder,
+    resolve_anatomy,
+    text_config,
+    weight_count,
+)
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types, register_anatomy
 
 __all__ = [
+    "MATRICES",
     "Anatomy",
     "AttentionAnatomy",
     "MlpAnatomy",
@@ -16,4 +26,5 @@ __all__ = [
     "require_decoder",
     "resolve_anatomy",
     "text_config",
+    "weight_count",
 ]

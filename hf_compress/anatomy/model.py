@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What counts as a matrix of a block: its weight, flattened, is a matrix.
+MATRICES = (nn.Linear, Conv1D, nn.Conv2d)
+
+
+def weight_count(module: Any) -> int:
+    """Weights of the dense layer that a module is or stands for."""
+    count = getattr(module, "dense_weights", None)
+    return int(module.weight.numel() if count is None else count)
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
@@ -80,7 +91,7 @@ class ModelAnatomy:
         return bool(getattr(text_config(self.model), field)) if field else self.mlp.feeds_residual
 
     def block_matrices(self, index: int) -> list[tuple[str, str]]:
-        """Path and kind of every `nn.Linear` of a block: "mlp", "query_key" or "value_output" if the record names it,
+        """Path and kind of every matrix of a block: "mlp", "query_key" or "value_output" if the record names it,
         otherwise "other"."""
         kinds = {join(self.block_paths[index], path): kind for path, kind in self.record.kinds}
         if self.record.attention is not None:
@@ -92,7 +103,7 @@ class ModelAnatomy:
         return [
             (path, kinds.get(path, "other"))
             for name, module in self.block(index).named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, MATRICES)
             for path in [join(self.block_paths[index], name)]
         ]
 
@@ -107,6 +118,28 @@ class ModelAnatomy:
                     yield self.mlp_path(index, role)
             for path, _ in self.record.kinds:
                 yield join(self.block_paths[index], path)
+            if not (self.record.attention or self.record.mlp or self.record.kinds):
+                yield from (path for path, _ in self.block_matrices(index))
+
+    def outside(self, role: Literal["embedding", "head"]) -> str | None:
+        """Path of the table of token vectors or of the head that gives logits; `None` where the model has none."""
+        model = self.model
+        try:
+            module = model.get_input_embeddings() if role == "embedding" else model.get_output_embeddings()
+        except NotImplementedError:  # models of images
+            return None
+        if not isinstance(module, nn.Embedding if role == "embedding" else nn.Linear):
+            return None
+        return next(str(name) for name, other in model.named_modules() if other is module)
+
+    def head_is_tied(self) -> bool:
+        """Whether the head multiplies with the table of token vectors."""
+        head, table = self.outside("head"), self.outside("embedding")
+        if head is None or table is None:
+            return False
+        # A skeleton may not be tied yet, and then Transformers has it on its list.
+        same = self.model.get_submodule(head).weight is self.model.get_submodule(table).weight
+        return same or f"{head}.weight" in self.model.all_tied_weights_keys
 
 
 def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
@@ -114,7 +147,7 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
 
     Raises:
         UnsupportedModelError: no record for the family, or a module that the record names is missing or is no
-            `nn.Linear`. The message lists what was found.
+            matrix. The message lists what was found.
     """
     config = text_config(model)
     record = find_record(config.model_type)
@@ -127,16 +160,12 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     base = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is base)
     blocks_path = join(prefix, record.blocks)
-    try:
-        blocks = model.get_submodule(blocks_path)
-    except AttributeError:
-        blocks = None
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+    paths = _block_paths(model, blocks_path)
+    if not paths:
         raise UnsupportedModelError(
             f"the record of {config.model_type!r} expects a list of blocks at {blocks_path!r}, but there is none in "
             f"{type(model).__name__}. Found {_describe(model)}."
         )
-    paths = tuple(f"{blocks_path}.{index}" for index in range(len(blocks)))
     anatomy = ModelAnatomy(model=model, record=record, block_paths=paths)
     for path in anatomy.linear_paths():
         try:
@@ -146,7 +175,8 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
                 f"the record of {config.model_type!r} expects a projection at {path!r}, which {type(model).__name__} "
                 f"does not have. Found {_describe(model)}."
             ) from None
-        if not isinstance(module, nn.Linear):
+        # A record of attention and MLP describes linear layers; one of single matrices any kind of them.
+        if not isinstance(module, nn.Linear if record.attention or record.mlp else MATRICES):
             raise UnsupportedModelError(
                 f"{path!r} is a {type(module).__name__}, where the record of {config.model_type!r} expects an "
                 "nn.Linear. Compress the plain checkpoint, without adapters or another quantization."
@@ -154,13 +184,34 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     return anatomy
 
 
+def _block_paths(model: nn.Module, pattern: str) -> tuple[str, ...]:
+    """The blocks in the lists that match a path, in which `*` stands for every member of a list."""
+    paths = [""]
+    for name in [*pattern.split("."), "*"]:
+        found = []
+        for path in paths:
+            parent = model.get_submodule(path)
+            if name != "*":
+                found += [join(path, name)] if hasattr(parent, name) else []
+            elif isinstance(parent, (nn.ModuleList, nn.Sequential)):
+                found += [join(path, member) for member, _ in parent.named_children()]
+        paths = found
+    return tuple(paths)
+
+
 def require_decoder(anatomy: ModelAnatomy, what: str) -> None:
-    """Raise `UnsupportedModelError` for an encoder, before it is looked for what it does not have."""
+    """Raise `UnsupportedModelError` for an encoder, or for a family whose attention and MLP no record describes."""
     if not anatomy.record.decoder:
         raise UnsupportedModelError(
             f"{what} is for decoder-only language models so far, and {type(anatomy.model).__name__} "
             f"({text_config(anatomy.model).model_type!r}) is none. Known decoders: "
             f"{', '.join(known_model_types(decoder=True))}."
+        )
+    if anatomy.record.attention is None and anatomy.record.mlp is None:
+        raise UnsupportedModelError(
+            f"{what} needs to know attention and MLP of a block, and the record of "
+            f"{text_config(anatomy.model).model_type!r} describes only single matrices (its query, key and value are "
+            "one matrix). Learned codebooks work on it."
         )
 
 

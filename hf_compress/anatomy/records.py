@@ -78,11 +78,14 @@ class Anatomy:
 
     Args:
         model_types: the `config.model_type` values that the record describes.
-        blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`).
+        blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`); a `*` in it
+            stands for every member of a list of stages.
         attention, mlp: the parts of a block; `None` for a part that the record does not describe.
         kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
             for methods that treat every matrix by itself.
         decoder: a causal language model.
+
+    A record without attention, MLP and kinds describes blocks whose matrices are all of kind "other".
     """
 
     model_types: tuple[str, ...]
@@ -195,3 +198,22 @@ for _types, _blocks in ((("vit", "deit"), "layers"), (("dinov2",), "encoder.laye
         value_output=("attention.v_proj", "attention.o_proj"),
         mlp=("mlp.fc1", "mlp.fc2"),
     )
+
+# Query, key and value are one matrix; only methods that treat every matrix by itself apply.
+register_anatomy(
+    Anatomy(
+        model_types=("gpt2",),
+        blocks="h",
+        attention=None,
+        mlp=None,
+        kinds=(
+            ("attn.c_attn", "query_key"),
+            ("attn.c_proj", "value_output"),
+            ("mlp.c_fc", "mlp"),
+            ("mlp.c_proj", "mlp"),
+        ),
+    )
+)
+register_anatomy(
+    Anatomy(model_types=("resnet",), blocks="encoder.stages.*.layers", attention=None, mlp=None, decoder=False)
+)

@@ -19,8 +19,16 @@ Reduction = Annotated[
     str | None,
     typer.Option(help="Fraction of block-linear weights to remove, or one a kind: mlp=0.25,query_key=0.1."),
 ]
-Bits = Annotated[str | None, typer.Option(help="codebook: 2, 3 or 4 a weight, or one a kind: mlp=2,query_key=3.")]
-Learning = Annotated[str | None, typer.Option(help="codebook: none (needs no data), feedback or joint.")]
+Bits = Annotated[
+    str | None,
+    typer.Option(help="codebook: 2, 3, 4 or 1.58 a weight, one a kind (mlp=2,embedding=4), or auto."),
+]
+AverageBits = Annotated[float | None, typer.Option(help="codebook: bits a weight on average with --bits auto.")]
+Learning = Annotated[
+    str | None,
+    typer.Option(help="codebook: none (needs no data), feedback, joint, proximal, distance or latent."),
+]
+BlockEpochs = Annotated[str | None, typer.Option(help="codebook: passes of block tuning, or auto.")]
 ColumnGroup = Annotated[int | None, typer.Option(help="codebook: columns that share a scale, a multiple of 32.")]
 Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]
 Allocation = Annotated[str | None, typer.Option(help="block_influence, uniform or search.")]
@@ -82,18 +90,22 @@ def parse_reduction(text: str | None) -> float | dict[str, float] | None:
         ) from None
 
 
-def parse_bits(text: str | None) -> int | dict[str, int] | None:
-    """`"3"` or `"mlp=2,query_key=3"`; raises `ConfigurationError` for anything else."""
-    if text is None:
-        return None
+def parse_bits(text: str | None) -> float | str | dict[str, float] | None:
+    """`"3"`, `"auto"` or `"mlp=2,query_key=3"`; raises `ConfigurationError` for anything else."""
+    if text is None or text == "auto":
+        return text
+
+    def number(part: str) -> float:
+        return int(part) if part.strip().isdecimal() else float(part)
+
     try:
         if "=" not in text:
-            return int(text)
+            return number(text)
         pairs = [part.split("=") for part in text.split(",")]
-        return {kind.strip(): int(value) for kind, value in pairs}
+        return {kind.strip(): number(value) for kind, value in pairs}
     except ValueError:
         raise ConfigurationError(
-            f"--bits {text!r} is no number such as 3, and not one a kind such as mlp=2,query_key=3."
+            f"--bits {text!r} is no number such as 3, not auto, and not one a kind such as mlp=2,query_key=3."
         ) from None
 
 
@@ -102,6 +114,16 @@ def parse_kinds(text: str | None) -> str | list[str] | None:
     if text is None or text == "auto":
         return text
     return [kind.strip() for kind in text.split(",") if kind.strip()]
+
+
+def parse_epochs(text: str | None) -> int | str | None:
+    """`"auto"` or a whole number; raises `ConfigurationError` for anything else."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigurationError(f"--block-epochs {text!r} is neither a whole number nor auto.") from None
 
 
 def parse_temperature(text: str | None) -> float | str | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..anatomy import ModelAnatomy
 from ..errors import CalibrationError, NumericalError
@@ -29,6 +31,18 @@ def real_tokens(states: Float[Tensor, "*tokens n"]) -> Float[Tensor, "real n"]:
     rows = states.reshape(-1, states.shape[-1])
     positions = _TEXT_POSITIONS.get()
     return rows if positions is None else rows[positions.to(rows.device)]
+
+
+@contextmanager
+def text_positions(batch: Batch) -> Iterator[None]:
+    """Within the context, `real_tokens` leaves out the padding of a batch."""
+    mask = batch.get("attention_mask")
+    plain = mask is None or mask.dim() != 2 or bool(mask.all())
+    token = _TEXT_POSITIONS.set(None if plain or mask is None else mask.bool().reshape(-1))
+    try:
+        yield
+    finally:
+        _TEXT_POSITIONS.reset(token)
 
 
 @contextmanager
@@ -96,7 +110,24 @@ class BlockStream:
         other.hidden, other._arguments = list(self.hidden), self._arguments
         return other
 
-    def run(self, index: int, batch: int) -> Float[Tensor, "batch tokens d"]:
+    def by_sequence(self) -> BlockStream:
+        """The same place, every sequence (or image) a batch of its own."""
+        other = object.__new__(BlockStream)
+        other.anatomy, other.batches, other.hidden, other._arguments = self.anatomy, [], [], []
+        for batch, hidden, calls in zip(self.batches, self.hidden, self._arguments, strict=True):
+            for row in range(len(hidden)):
+                rows = slice(row, row + 1)
+                row_of = partial(_row_of, size=len(hidden), rows=rows)
+                other.batches.append(_rows(batch, rows))
+                other.hidden.append(hidden[rows])
+                other._arguments.append(tree_map(row_of, calls))
+        return other
+
+    def arguments(self, index: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model passes to block `index` beside the hidden states of a batch."""
+        return self._arguments[batch][index]
+
+    def run(self, index: int, batch: int) -> Float[Tensor, "batch *place d"]:
         """Block `index` on the present hidden states of a batch; the stream itself does not move."""
         args, kwargs = self._arguments[batch][index]
         with torch.no_grad(), self.text_positions(batch):
@@ -104,16 +135,9 @@ class BlockStream:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    @contextmanager
-    def text_positions(self, batch: int) -> Iterator[None]:
+    def text_positions(self, batch: int) -> AbstractContextManager[None]:
         """Within the context, `real_tokens` leaves out the padding of a batch."""
-        mask = self.batches[batch].get("attention_mask")
-        plain = mask is None or mask.dim() != 2 or bool(mask.all())
-        token = _TEXT_POSITIONS.set(None if plain or mask is None else mask.bool().reshape(-1))
-        try:
-            yield
-        finally:
-            _TEXT_POSITIONS.reset(token)
+        return text_positions(self.batches[batch])
 
     def advance(self, index: int) -> None:
         """Move every batch through block `index`.
@@ -156,6 +180,14 @@ class BlockStream:
         return total / count
 
 
+def run_until(model: nn.Module, batches: list[Batch], path: str, tokens: int) -> None:
+    """Run a model on its first `tokens` tokens for the sake of hooks on the module at `path`, whose own work is left
+    out: it hands on its input."""
+    for batch in take_tokens(batches, tokens):
+        with torch.no_grad(), text_positions(batch), replaced_forward([model.get_submodule(path)], lambda _, x: x):
+            model(**model_inputs(model, batch))
+
+
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The part of a batch that `model` takes, on its device, without a cache."""
     known = inspect.signature(model.forward).parameters
@@ -179,6 +211,11 @@ def _rows(batch: Batch, rows: slice) -> Batch:
     """Some rows of a batch; tensors that all rows share, such as position ids of shape (1, tokens), stay whole."""
     size = max(len(tensor) for tensor in batch.values())
     return {name: tensor[rows] if len(tensor) == size else tensor for name, tensor in batch.items()}
+
+
+def _row_of(value: Any, size: int, rows: slice) -> Any:
+    """Rows of a tensor that has one a sequence; anything else as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
 
 def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
+from ..anatomy import ModelAnatomy, resolve_anatomy, text_config, weight_count
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
 from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
-from .distributed import on_one_process
+from .distributed import Outcome, on_one_process
 from .registry import create_method
 from .report import CompressionReport, ModuleReport
 from .resume import ResumePoint, model_checksum
@@ -67,12 +67,12 @@ def compress(
     _require_finite_weights(model)
     base = str(getattr(model.config, "name_or_path", "") or "")
 
-    def run() -> tuple[CompressionReport, dict[str, Any]]:
+    def run() -> Outcome:
         return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
 
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad(), _interruptible(model):
-        report, provenance = on_one_process(model, run)
+        report, provenance, _ = on_one_process(model, run)
         for method in methods:
             method.finish()
     _attach(model, recipe, report, provenance)
@@ -138,12 +138,13 @@ def _run(
     load_arguments: dict[str, Any],
     working_directory: str | Path | None,
     base: str,
-) -> tuple[CompressionReport, dict[str, Any]]:
+) -> Outcome:
     before = _count(model, anatomy)
     checksum = model_checksum(model) if working_directory is not None else None
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}
     left_alone: list[str] = []
+    changed: list[str] = []
     provenance: dict[str, Any] = {
         "base_model": base if _is_hub_id(base) else Path(base).name,
         "base_commit": getattr(model.config, "_commit_hash", None),
@@ -170,12 +171,13 @@ def _run(
             rows += walk(session, method, resume)
         notes.update(session.notes)
         left_alone += session.left_alone
+        changed += session.changed
         if data is not None:
             notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
     after = _count(model, anatomy)
     report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
-    return report, provenance
+    return report, provenance, changed
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
@@ -306,14 +308,12 @@ def _require_finite_weights(model: nn.Module) -> None:
 
 def _count(model: nn.Module, anatomy: ModelAnatomy) -> tuple[int, int, int]:
     """Weights of the blocks' matrices, weights of the model (tied once), and the bytes of what is stored of it."""
-    linears: list[Any] = [model.get_submodule(path) for path in anatomy.linear_paths()]
-    matrices = sum(linear.in_features * linear.out_features for linear in linears)
-    # A matrix kept as codes has no parameter and still its weights.
-    coded = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and "weight" not in module._parameters
-    )
+    matrices = sum(weight_count(model.get_submodule(path)) for path in anatomy.linear_paths())
+    # A matrix kept as codes has no parameter and still its weights; tables that are trained are none of the model's.
+    packed = [module for module in model.modules() if getattr(module, "packs_weight", False)]
+    coded = sum(weight_count(module) for module in packed)
+    tables = {id(p) for module in packed for name, p in module.named_parameters(recurse=False) if name != "bias"}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-    return matrices, coded + sum(parameter.numel() for parameter in model.parameters()), size
+    return matrices, coded + dense, size

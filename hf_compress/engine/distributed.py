@@ -11,12 +11,13 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import nn
 
 from ..errors import CompressionError
-from ..layout import layout_of, replay
+from ..layout import check_tensors, layout_of, replay
 from .report import CompressionReport
 
 # Where torchrun and the MPI launchers say how many processes there are.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-Outcome = tuple[CompressionReport, dict[str, Any]]
+# The report, the provenance, and the names of parameters that stay and have new values.
+Outcome = tuple[CompressionReport, dict[str, Any], list[str]]
 
 
 def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
@@ -44,15 +45,17 @@ def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
         raise failure
     if message[0][0] == "failed":
         raise CompressionError(f"compression failed on the main process: {message[0][1]}")
-    _, outcome, layout = message[0]
+    outcome, layout = message[0][1:]
     if not state.is_main_process and layout:
         replay(model, layout)
-    _broadcast(model, [entry["path"] for entry in layout])
+    _broadcast(model, [entry["path"] for entry in layout], outcome[2])
     result: Outcome = outcome
     return result
 
 
-def _broadcast(model: nn.Module, paths: list[str]) -> None:
-    for path in paths:
-        for tensor in model.get_submodule(path).state_dict(keep_vars=True).values():
-            torch.distributed.broadcast(tensor.detach(), src=0)
+def _broadcast(model: nn.Module, paths: list[str], parameters: list[str]) -> None:
+    """Tensors of new modules, and parameters that stay and have new values."""
+    tensors = [tensor for path in paths for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()]
+    for tensor in [*tensors, *(model.get_parameter(name) for name in parameters)]:
+        torch.distributed.broadcast(tensor.detach(), src=0)
+    check_tensors(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..anatomy import resolve_anatomy
+from ..anatomy import resolve_anatomy, weight_count
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from .registry import create_method
@@ -77,7 +77,7 @@ def plan(
         width = next(model.parameters()).element_size()
     anatomy = resolve_anatomy(model)
     before = sum(parameter.numel() for parameter in model.parameters())
-    matrices = sum(model.get_submodule(path).weight.numel() for path in anatomy.linear_paths())
+    matrices = sum(weight_count(model.get_submodule(path)) for path in anatomy.linear_paths())
     removed = memory = saved = 0
     for stage in recipe.stages:
         expected = create_method(stage, anatomy).expect()

@@ -12,10 +12,10 @@ class ModuleReport:
     """One compressed part of a block.
 
     Args:
-        block: index of the block.
+        block: index of the block; -1 for what lies outside the blocks.
         path: module path.
         kind: "mlp", "query_key" or "value_output" (other methods: their own kinds).
-        size_before, size_after: the size that was reduced: MLP width, or dimensions a head.
+        size_before, size_after: the size that was reduced: MLP width, dimensions a head, or bits a weight.
         parameters_before, parameters_after: of the kind's matrices and biases in this block.
         error: relative squared error of the part's output on the calibration data (of the logits for query/key).
         bytes_before, bytes_after: of the matrices, with all that belongs to them; 0 where only their sizes changed.
@@ -24,8 +24,8 @@ class ModuleReport:
     block: int
     path: str
     kind: str
-    size_before: int
-    size_after: int
+    size_before: float
+    size_after: float
     parameters_before: int
     parameters_after: int
     error: float
@@ -113,9 +113,10 @@ class CompressionReport:
         header = f"{'block':>5}  {'kind':<13} {'size':>13}  {'parameters':>23}  {'error':>8}"
         lines = [header, "-" * len(header)]
         for row in self.modules:
-            size = f"{row.size_before} → {row.size_after}"
+            size = f"{row.size_before:g} → {row.size_after:g}"
             parameters = f"{row.parameters_before:,} → {row.parameters_after:,}"
-            lines.append(f"{row.block:>5}  {row.kind:<13} {size:>13}  {parameters:>23}  {row.error:>8.4f}")
+            block = row.block if row.block >= 0 else "–"
+            lines.append(f"{block:>5}  {row.kind:<13} {size:>13}  {parameters:>23}  {row.error:>8.4f}")
         lines.append("-" * len(header))
         for name, before, after in (
             ("block matrices", self.block_linear_before, self.block_linear_after),

@@ -18,10 +18,10 @@ from torch import nn
 from ..errors import ResumeError
 from ..layout import build_module, layout_entry
 from .report import ModuleReport
-from .session import BlockResult
+from .session import OUTSIDE, BlockResult
 
 # What `write_atomically` and `keep` write until it is whole; the number is the process's.
-_TEMPORARY = re.compile(r"\.(state\.json|block-\d{5}\.safetensors)\.\d+")
+_TEMPORARY = re.compile(r"\.(state\.json|(block-\d{5}|outside)\.safetensors)\.\d+")
 
 
 def model_checksum(model: nn.Module) -> str:
@@ -105,7 +105,8 @@ class ResumePoint:
             write_atomically(self.directory / "state.json", json.dumps(self._state, indent=2))
 
     def _path(self, block: int) -> Path | None:
-        return None if self.directory is None else self.directory / f"block-{block:05d}.safetensors"
+        name = "outside" if block == OUTSIDE else f"block-{block:05d}"
+        return None if self.directory is None else self.directory / f"{name}.safetensors"
 
     def has(self, block: int) -> bool:
         path = self._path(block)
@@ -121,9 +122,11 @@ class ResumePoint:
             for at, module in result.modules.items()
             for name, tensor in module.state_dict().items()
         }
+        tensors.update({name: values.detach().cpu().contiguous() for name, values in result.parameters.items()})
         record = {
             "layout": [layout_entry(at, module) for at, module in result.modules.items()],
             "rows": [asdict(row) for row in result.rows],
+            "parameters": sorted(result.parameters),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         # A file needs at least one tensor; a block that stays dense has none.
@@ -147,4 +150,5 @@ class ResumePoint:
             prefix = f"{at}."
             module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             modules[at] = module
-        return BlockResult(modules, [ModuleReport(**row) for row in record["rows"]])
+        parameters = {name: tensors[name] for name in record["parameters"]}
+        return BlockResult(modules, [ModuleReport(**row) for row in record["rows"]], parameters)

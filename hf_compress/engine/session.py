@@ -33,6 +33,7 @@ class Session:
         working_directory: where resume points go; `None` for none.
         notes: choices that were made from data, for the report.
         left_alone: what the method did not compress and why.
+        changed: names of parameters that stay and have new values.
     """
 
     anatomy: ModelAnatomy
@@ -41,6 +42,7 @@ class Session:
     working_directory: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     def progress(self, items: range, description: str) -> Any:
         """A progress bar over blocks, on the first process only."""
@@ -67,12 +69,23 @@ class Expectation:
     saved_bytes: int = 0
 
 
+# In place of a block's index: what lies outside the blocks.
+OUTSIDE = -1
+
+
 @dataclass(frozen=True)
 class BlockResult:
-    """New modules for one block, by path, and their rows in the report."""
+    """What a method makes of one block.
+
+    Args:
+        modules: new modules by path.
+        rows: their rows in the report.
+        parameters: new values of parameters that stay, such as norms, by name.
+    """
 
     modules: dict[str, nn.Module]
     rows: list[ModuleReport]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC, Generic[ConfigType, StatisticsType]):
@@ -104,6 +117,10 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     def restore(self, decisions: dict[str, Any]) -> None:
         """Take up the decisions of an interrupted run instead of surveying again."""
 
+    def compress_outside(self, session: Session) -> BlockResult | None:
+        """New modules for what lies outside the blocks, before the walk; `None` where nothing is to be done."""
+        return None
+
     @abstractmethod
     def collect(self, block: int) -> AbstractContextManager[StatisticsType]:
         """Gather the statistics of a block while the engine runs it within the context."""
@@ -114,6 +131,11 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     @abstractmethod
     def compress_block(self, block: int, statistics: StatisticsType) -> BlockResult:
         """The new modules of a block. The dense ones are still in place. Raises `NumericalError`."""
+
+    def refine_block(self, block: int, result: BlockResult, stream: BlockStream, targets: list[Tensor]) -> BlockResult:
+        """In sequential order, tune the new modules where they stand. `stream` is before the block, `targets` are the
+        dense model's outputs of it, a batch each."""
+        return result
 
     def finish(self) -> None:
         """What is left for the whole model after the last block of the last stage; runs on every process."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...configuration import MethodConfig, register_method_config
 
-Bits = Literal[2, 3, 4]
-BITS: tuple[Bits, ...] = get_args(Bits)
+TERNARY = 1.58
+BITS: tuple[float, ...] = (TERNARY, 2, 3, 4)
+Bits: TypeAlias = int | float
 # What a number of bits can be given for. A matrix that no anatomy record names is of kind "other".
-CodedKind = Literal["mlp", "query_key", "value_output", "other"]
+CodedKind = Literal["mlp", "query_key", "value_output", "other", "embedding", "head"]
 CODED_KINDS: tuple[CodedKind, ...] = get_args(CodedKind)
+OUTSIDE: tuple[CodedKind, ...] = ("embedding", "head")
+Learning = Literal["none", "feedback", "joint", "proximal", "distance", "latent"]
 
 
 @register_method_config
@@ -20,19 +23,31 @@ class CodebookConfig(MethodConfig):
     """Weights as indices into small codebooks (after JLCM, arXiv 2309.17361; our re-implementation).
 
     A weight is its row's scale for its column group times a code of its row's codebook. Codes are stored in true 2, 3
-    or 4 bits.
+    or 4 bits, or five codes of three values in a byte.
 
     Args:
-        bits (`int` or `dict[str, int]`): 2, 3 or 4 a weight. A dictionary gives every kind its own, `{"mlp": 2,
-            "query_key": 3}`; kinds that it does not name stay dense.
-        learning (`"none"`, `"feedback"` or `"joint"`, defaults to `"joint"`): `"none"` is a weighted k-means and needs
-            no data; `"feedback"` then assigns column by column, each rounding error made up for by later columns;
-            `"joint"` also learns codebooks, scales and codes together.
+        bits (`float`, `dict[str, float]` or `"auto"`): 2, 3, 4 or 1.58 (three codes) a weight of the blocks' matrices.
+            A dictionary gives every kind its own, `{"mlp": 2, "query_key": 3, "embedding": 4}`; kinds that it does not
+            name stay dense, as do embedding and head without a dictionary. One number serves both where they are tied.
+            Query, key and value in one matrix are of kind `"query_key"`. `"auto"` chooses 2, 3 or 4 for every matrix
+            of the blocks by the loss that its errors are estimated to cause.
+        average_bits (`float`, *optional*): with `bits="auto"`, the bits a weight on average, from 2 to 4.
+        learning (`str`, defaults to `"joint"`): `"none"` is a weighted k-means and needs no data; `"feedback"` then
+            assigns column by column, each rounding error made up for by later columns; `"joint"` also learns
+            codebooks, scales and codes together, each at its optimum given the others. For comparison, codebooks and
+            mapping by gradient descent instead: `"proximal"` (the paper's, a code's gradient decreases with its
+            distance), `"distance"` (increases with it) and `"latent"` (a dense weight behind a straight-through
+            estimate).
         rounds (`int`, defaults to 4): rounds of joint learning a matrix.
+        block_epochs (`int` or `"auto"`, defaults to `"auto"`): passes over the calibration data in which codebooks,
+            scales, codes and norms of a whole block are tuned towards the dense block's output. `"auto"`: 2 where a
+            matrix of the block has 2 bits or fewer, otherwise none.
         column_group (`int`, *optional*, defaults to 32): columns that share a scale; a multiple of 32. `None`: one
             scale a row.
         rows_per_codebook (`int`, defaults to 16): rows of alike distribution that share a codebook, on average.
         integer_scales (`bool`, defaults to `True`): scales in 8 bits with one fp16 unit a row, instead of fp16 each.
+        trainable_codebooks (`bool`, defaults to `False`): codebooks and the float scales are float32 parameters that
+            the Trainer tunes, rather than fp16 buffers.
         order (`"sequential"` or `"dense"`): inputs of every block from the blocks compressed before it, or from the
             dense model.
         damping (`float`, defaults to 0.01): added to the diagonal of the inputs' Gram matrix, relative to its mean.
@@ -40,26 +55,55 @@ class CodebookConfig(MethodConfig):
 
     method: ClassVar[str] = "codebook"
 
-    bits: Bits | dict[CodedKind, Bits]
-    learning: Literal["none", "feedback", "joint"] = "joint"
+    bits: Bits | dict[CodedKind, Bits] | Literal["auto"]
+    average_bits: float | None = Field(default=None, ge=2, le=4)
+    learning: Learning = "joint"
     rounds: int = Field(default=4, ge=1)
+    block_epochs: int | Literal["auto"] = "auto"
     column_group: int | None = Field(default=32, ge=32, multiple_of=32)
     rows_per_codebook: int = Field(default=16, ge=1)
     integer_scales: bool = True
+    trainable_codebooks: bool = False
     order: Literal["sequential", "dense"] = "sequential"
     damping: float = Field(default=0.01, gt=0, lt=1)
 
     @field_validator("bits", mode="before")
     @classmethod
     def _supported_bits(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
         values = value.values() if isinstance(value, dict) else (value,)
         if isinstance(value, dict) and not value:
             raise ValueError('expected bits for at least one kind, e.g. {"mlp": 3}')
         for bits in values:
             if isinstance(bits, bool) or bits not in BITS:
-                raise ValueError(f"{bits!r} bits are not supported; choose 2, 3 or 4")
+                raise ValueError(f'{bits!r} bits are not supported; choose 1.58, 2, 3 or 4, or "auto"')
         return value
 
-    def bits_of(self, kind: CodedKind) -> int | None:
-        """Bits of a kind; `None` if it stays dense."""
-        return self.bits.get(kind) if isinstance(self.bits, dict) else self.bits
+    @field_validator("block_epochs")
+    @classmethod
+    def _epochs_not_negative(cls, value: Any) -> Any:
+        if value != "auto" and value < 0:
+            raise ValueError('expected 0 or more, or "auto"')
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CodebookConfig:
+        if (self.bits == "auto") != (self.average_bits is not None):
+            raise ValueError('`bits="auto"` and `average_bits` belong together, e.g. bits="auto", average_bits=2.5')
+        tunes = self.block_epochs != "auto" and self.block_epochs > 0
+        if tunes and (self.learning == "none" or self.order == "dense"):
+            raise ValueError('`block_epochs` needs data and order="sequential": choose another `learning` or `order`')
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        return self.learning != "none" or self.bits == "auto"
+
+    def bits_of(self, kind: CodedKind) -> Bits | None:
+        """Bits of a kind; `None` if it stays dense. With `bits="auto"` the least that a matrix of the blocks gets."""
+        if isinstance(self.bits, dict):
+            return self.bits.get(kind)
+        if kind in OUTSIDE:
+            return None
+        return 2 if self.bits == "auto" else self.bits

@@ -12,6 +12,7 @@ arXiv 2309.17361 (codebook and mapping learned together; our re-implementation);
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,9 @@ ROW_FEATURES = 16
 SWEEP_COLUMNS = 64
 # The largest integer scale.
 TOP_SCALE = 255
+# The least positive number in fp16, and the scales whose units come near its denormal range.
+LEAST_HALF = 2.0**-24
+SMALL_SCALE = 2.0**-4
 DAMPING_ATTEMPTS = 5
 
 
@@ -112,12 +116,17 @@ def damped(gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
 
 
 def relative_error(
-    weight: Float[Tensor, "rows columns"], coded: Float[Tensor, "rows columns"], gram: Float[Tensor, "columns columns"]
+    weight: Float[Tensor, "rows columns"],
+    coded: Float[Tensor, "rows columns"],
+    gram: Float[Tensor, "columns columns"] | None,
 ) -> float:
-    """`tr(E H Eᵀ) / tr(W H Wᵀ)`, `E = W − Ŵ`."""
-    error = weight - coded
-    energy = float(((weight @ gram) * weight).sum())
-    return float(((error @ gram) * error).sum()) / energy if energy > 0 else 0.0
+    """`tr(E H Eᵀ) / tr(W H Wᵀ)`, `E = W − Ŵ`; `H = I` where there is no data."""
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix if gram is None else matrix @ gram.to(matrix)) * matrix).double().sum())
+
+    whole = energy(weight)
+    return energy(weight - coded) / whole if whole > 0 else 0.0
 
 
 def start(
@@ -151,7 +160,7 @@ def start(
         column_group=column_group,
     )
     scaled = _scaled(weight, coded)
-    books = max(1, round(rows / rows_per_codebook))
+    books = -(-rows // rows_per_codebook)
     coded = replace(coded, row_codebook=group_rows(scaled, books, generator))
     coded = replace(coded, codebooks=_quantile_codebooks(scaled, coded.row_codebook, books, codes, generator))
     for turn in range(START_ROUNDS):
@@ -287,6 +296,7 @@ def refit_scales(weight: Float[Tensor, "rows columns"], gram: Float[Tensor, "col
 
 def as_stored(coded: Coded, integer_scales: bool) -> Coded:
     """Rounded to what the file holds: fp16 codebooks, scales in fp16 or as integers up to 255 times an fp16 a row."""
+    coded = _within_half_precision(coded)
     codebooks = coded.codebooks.half().float()
     if not integer_scales:
         return _sorted(replace(coded, codebooks=codebooks, scales=coded.scales.half().float()))
@@ -294,12 +304,21 @@ def as_stored(coded: Coded, integer_scales: bool) -> Coded:
     return _sorted(replace(coded, codebooks=codebooks, scales=steps.float() * unit.float()[:, None]))
 
 
+def _within_half_precision(coded: Coded) -> Coded:
+    """Small weights: move a power of two from the scales to the codebooks, so that neither is denormal in fp16."""
+    largest = float(coded.scales.amax())
+    if not 0 < largest < SMALL_SCALE:
+        return coded
+    factor = 2.0 ** max(math.floor(math.log2(largest)), -12)
+    return replace(coded, scales=coded.scales / factor, codebooks=coded.codebooks * factor)
+
+
 def integer_steps(scales: Float[Tensor, "rows groups"]) -> tuple[UInt8[Tensor, "rows groups"], Float[Tensor, " rows"]]:
     """Scales as integers from 0 to 255 and the fp16 unit of each row, rounded up so that the largest fits."""
     unit = (scales.amax(dim=1) / TOP_SCALE).half()
     low = unit.float() * TOP_SCALE < scales.amax(dim=1)
     unit = torch.where(low, torch.nextafter(unit, torch.full_like(unit, torch.inf)), unit)
-    steps = (scales / unit.float().clamp_min(torch.finfo(torch.float16).tiny)[:, None]).round()
+    steps = (scales / unit.float().clamp_min(LEAST_HALF)[:, None]).round()
     return steps.clamp(0, TOP_SCALE).to(torch.uint8), unit
 
 

@@ -1,105 +1,111 @@
-"""Learned codebooks as the engine runs them: matrix by matrix within a block."""
+"""Learned codebooks as the engine runs them: embedding and head, then matrix by matrix within a block."""
 
 from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from ...anatomy import ModelAnatomy
-from ...engine.exclusion import is_excluded
+from ...anatomy import ModelAnatomy, weight_count
+from ...engine.blocks import BlockStream, run_until
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
-from ...engine.session import BlockResult, Expectation, Method, Session
+from ...engine.session import OUTSIDE, BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
 from . import mathematics
-from .configuration import CODED_KINDS, CodebookConfig, CodedKind
-from .mathematics import Coded
-from .modules import CodebookLinear
+from .allocation import allocate_bits, estimate_losses
+from .configuration import TERNARY, CodebookConfig
+from .learning import code_matrices
+from .modules import coded_layer, dense_rows
+from .parts import Part, format_of, parts_of_block, parts_outside, tied_head
 from .statistics import InputStatistics, collect_inputs
+from .tuning import tune_block
 
 # How much of the residual stream's drift the last matrix of a block makes up for.
 DRIFT_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Part:
-    """One matrix to be coded."""
-
-    path: str
-    kind: CodedKind
-    bits: int
+# Tokens of the dense pass that measures the inputs of the head.
+HEAD_TOKENS = 16384
+# Passes of block tuning where it is decided here: two codes more make it needless.
+FEW_BITS, FEW_BITS_EPOCHS = 2, 2
 
 
 @register_method
 class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
-    """k-means start, assignment with error feedback, then codebooks, scales and codes learned in turn."""
+    """k-means start, assignment with error feedback, then codebooks, scales and codes learned together."""
 
     config_class = CodebookConfig
 
     def __init__(self, config: CodebookConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
-        self.needs_calibration = config.learning != "none"
+        self.needs_calibration = config.needs_data
         self.sequential = self.needs_calibration and config.order == "sequential"
-        self.left_alone: list[str] = []
-        self.parts = [self._parts_of(block) for block in range(len(anatomy))]
-
-    def _parts_of(self, block: int) -> list[Part]:
-        parts = []
-        for path, kind in self.anatomy.block_matrices(block):
-            assert kind in CODED_KINDS
-            bits = self.config.bits_of(kind)
-            if bits is None or is_excluded(path, self.config.modules_to_not_convert):
-                self.left_alone.append(f"{path}: " + ("no bits for its kind" if bits is None else "excluded"))
-                continue
-            part = Part(path, kind, bits)
-            columns = self._matrix(part).in_features
-            if columns < 2**bits:
-                raise ConfigurationError(
-                    f"{path!r} has rows of {columns} weights, shorter than a codebook of {2**bits} codes. "
-                    "Add it to modules_to_not_convert, or take fewer bits."
-                )
-            parts.append(part)
-        return parts
+        found = [parts_of_block(config, anatomy, block) for block in range(len(anatomy))]
+        self.parts = [parts for parts, _ in found]
+        self.outside, alone = parts_outside(config, anatomy)
+        # Of the block that was compressed last, for its tuning.
+        self._dense: dict[str, Tensor] = {}
+        self.left_alone = [*alone, *itertools.chain.from_iterable(reasons for _, reasons in found)]
+        if not any([*self.parts, self.outside]):
+            raise ConfigurationError("the recipe leaves every matrix of this model alone; there is nothing to do.")
 
     def expect(self) -> Expectation:
         width = saved = 0
-        for part in itertools.chain.from_iterable(self.parts):
-            matrix = self._matrix(part)
-            width = max(width, matrix.in_features)
-            saved += matrix.weight.numel() * matrix.weight.element_size() - _stored_bytes(self._empty(part))
+        average = self.config.average_bits
+        for part in itertools.chain(*self.parts, self.outside):
+            dense = self.anatomy.model.get_submodule(part.path)
+            rows, columns = dense_rows(dense).shape
+            layer = coded_layer(dense, None, format_of(self.config, dense, part.bits), device="meta")
+            width = max(width, columns)
+            saved += rows * columns * dense_rows(dense).element_size() - layer.stored_bytes()
+            if average is not None:
+                saved -= round((average - part.bits) * rows * columns / 8)
         # The Gram, its inverse's factor and the solver's copy.
         return Expectation(0, width, 3 * 8 * width**2, saved_bytes=saved)
 
-    def _empty(self, part: Part) -> CodebookLinear:
-        """The layer of a part without memory, for its sizes."""
-        dense = self._matrix(part)
-        return CodebookLinear(
-            dense.in_features,
-            dense.out_features,
-            bias=False,
-            bits=part.bits,
-            books=max(1, round(dense.out_features / self.config.rows_per_codebook)),
-            column_group=self._column_group(dense.in_features),
-            integer_scales=self.config.integer_scales,
-            device="meta",
-        )
-
-    def _column_group(self, columns: int) -> int:
-        return min(self.config.column_group or columns, columns)
-
     def survey(self, session: Session) -> None:
         session.left_alone.extend(self.left_alone)
+        average = self.config.average_bits
+        if average is None:
+            return
+        paths = [part.path for parts in self.parts for part in parts]
+        sizes = [weight_count(self.anatomy.model.get_submodule(path)) for path in paths]
+        losses = estimate_losses(session, self.config, paths)
+        chosen = dict(zip(paths, allocate_bits(losses, sizes, average), strict=True))
+        self._choose(chosen)
+        share = sum(bits * size for bits, size in zip(chosen.values(), sizes, strict=True)) / sum(sizes)
+        session.notes["average_bits"] = round(share, 4)
+
+    def _choose(self, bits: dict[str, int]) -> None:
+        self.parts = [[replace(part, bits=bits[part.path]) for part in parts] for parts in self.parts]
 
     def decisions(self) -> dict[str, Any]:
-        return {}
+        return {"bits": {part.path: part.bits for parts in self.parts for part in parts}}
 
     def restore(self, decisions: dict[str, Any]) -> None:
-        """Nothing is decided before the walk."""
+        self._choose(decisions["bits"])
+
+    def compress_outside(self, session: Session) -> BlockResult | None:
+        """Embedding and head, for the inputs of the head in the dense model."""
+        result = BlockResult({}, [])
+        head = self.anatomy.outside("head")
+        statistics = None
+        multiplied = [part.tied_head or part.path for part in self.outside if part.tied_head or part.path == head]
+        if multiplied and self.needs_calibration:
+            with collect_inputs(self.anatomy.model, multiplied, None) as statistics:
+                run_until(self.anatomy.model, session.batches, multiplied[0], HEAD_TOKENS)
+        for part in self.outside:
+            generator = torch.Generator().manual_seed(self.config.seed - 1)
+            gram = None if statistics is None else statistics.grams.get(part.tied_head or part.path)
+            self._code(OUTSIDE, [part], gram, None, generator, result)
+            if part.tied_head is not None:
+                dense_head = self.anatomy.model.get_submodule(part.tied_head)
+                result.modules[part.tied_head] = tied_head(part, dense_head, result.modules[part.path])
+        return result if self.outside else None
 
     def collect(self, block: int) -> AbstractContextManager[InputStatistics | None]:
         if not self.needs_calibration:
@@ -116,27 +122,27 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
 
     def compress_block(self, block: int, statistics: InputStatistics | None) -> BlockResult:
         result = BlockResult({}, [])
+        self._dense = {
+            part.path: dense_rows(self.anatomy.model.get_submodule(part.path)) for part in self.parts[block]
+        }
         generator = torch.Generator().manual_seed(self.config.seed + block)
         for parts in self._together(block, statistics):
-            try:
-                coded, errors = self._code(parts, statistics, generator)
-            except NumericalError as failure:
-                raise NumericalError(f"{parts[0].path}: {failure}.") from failure
-            for part, own, error in zip(parts, coded, errors, strict=True):
-                dense = self._matrix(part)
-                new = CodebookLinear.from_coded(dense, own, self.config.integer_scales)
-                before, weights = 8 * dense.weight.element_size(), dense.weight.numel()
-                sizes = (before * weights // 8, _stored_bytes(new))
-                result.modules[part.path] = new
-                result.rows.append(
-                    ModuleReport(block, part.path, part.kind, before, part.bits, weights, weights, error, *sizes)
-                )
+            gram = drift = None
+            if statistics is not None:
+                gram = statistics.grams[parts[0].path]
+                drift = statistics.drift if parts[0].path == statistics.drift_path else None
+            self._code(block, parts, gram, drift, generator, result)
         return result
 
-    def _matrix(self, part: Part) -> nn.Linear:
-        matrix = self.anatomy.model.get_submodule(part.path)
-        assert isinstance(matrix, nn.Linear)
-        return matrix
+    def refine_block(self, block: int, result: BlockResult, stream: BlockStream, targets: list[Tensor]) -> BlockResult:
+        epochs = self.config.block_epochs
+        if epochs == "auto":
+            few = self.config.learning != "none" and any(part.bits <= FEW_BITS for part in self.parts[block])
+            epochs = FEW_BITS_EPOCHS if few else 0
+        if not epochs or not self.parts[block]:
+            return result
+        weights, self._dense = self._dense, {}
+        return tune_block(self.config, block, weights, result, stream, targets, epochs)
 
     def _together(self, block: int, statistics: InputStatistics | None) -> list[list[Part]]:
         """The matrices of a block, those with the same inputs and bits together: they share sweeps over columns."""
@@ -148,55 +154,31 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         return list(groups.values())
 
     def _code(
-        self, parts: list[Part], statistics: InputStatistics | None, generator: torch.Generator
-    ) -> tuple[list[Coded], list[float]]:
-        """Matrices over the same inputs as codes, and the relative squared errors of their outputs (without data: of
-        their weights)."""
-        config = self.config
-        weights = [self._matrix(part).weight.detach().float() for part in parts]
-        columns, path = weights[0].shape[1], parts[0].path
-        gram = torch.eye(columns, dtype=torch.float64, device=weights[0].device)
-        if statistics is not None:
-            gram = mathematics.damped(statistics.grams[path].to(gram.device), config.damping)
-            if statistics.drift is not None and path == statistics.drift_path:
-                drift = DRIFT_SHARE * statistics.drift.to(gram)
-                weights[0] = weights[0] + torch.linalg.solve(gram, drift).T.to(weights[0])
-        starts = [
-            mathematics.start(
-                weight,
-                gram.diagonal(),
-                codes=2 ** parts[0].bits,
-                column_group=self._column_group(columns),
-                rows_per_codebook=config.rows_per_codebook,
-                generator=generator,
-            )
-            for weight in weights
-        ]
-        coded, stacked = mathematics.as_stored(mathematics.join(starts), config.integer_scales), torch.cat(weights)
-        if statistics is None:
-            coded = mathematics.assign_nearest(stacked, coded)
-        else:
-            coded = mathematics.assign_with_feedback(stacked, gram, coded)
-            if config.learning == "joint":
-                coded = self._learn(stacked, gram, coded)
-        result = mathematics.split(coded, starts)
-        errors = [
-            mathematics.relative_error(weight, own.matrix(), gram.float())
-            for weight, own in zip(weights, result, strict=True)
-        ]
-        return result, errors
-
-    def _learn(self, weight: Tensor, gram: Tensor, coded: Coded) -> Coded:
-        """Codes, scales and codebooks in turn, each at its optimum given the others, rounded as they are stored."""
-        coded = mathematics.sweep_codes(weight, gram, coded)
-        for _ in range(self.config.rounds):
-            coded = mathematics.refit_scales(weight, gram, coded)
-            coded = mathematics.refit_codebooks(weight, gram, coded)
-            coded = mathematics.as_stored(coded, self.config.integer_scales)
-            coded = mathematics.sweep_codes(weight, gram, coded)
-        return coded
-
-
-def _stored_bytes(module: CodebookLinear) -> int:
-    """Bytes of everything that stands for the matrix, without the bias."""
-    return sum(t.numel() * t.element_size() for t in module.buffers())
+        self,
+        block: int,
+        parts: list[Part],
+        gram: Float[Tensor, "n n"] | None,
+        drift: Float[Tensor, "n d"] | None,
+        generator: torch.Generator,
+        result: BlockResult,
+    ) -> None:
+        """Matrices over the same inputs as packed layers, added to `result` with their rows of the report."""
+        dense = [self.anatomy.model.get_submodule(part.path) for part in parts]
+        weights = [dense_rows(module).float() for module in dense]
+        try:
+            if gram is not None:
+                gram = mathematics.damped(gram.to(weights[0].device), self.config.damping)
+                if drift is not None:
+                    lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram))
+                    weights[0] = weights[0] + lost.T.to(weights[0])
+            codes = 3 if parts[0].bits == TERNARY else 2 ** int(parts[0].bits)
+            coded = code_matrices(self.config, weights, gram, codes, generator)
+        except NumericalError as failure:
+            raise NumericalError(f"{parts[0].path}: {failure}.") from failure
+        for part, module, weight, own in zip(parts, dense, weights, coded, strict=True):
+            layer = coded_layer(module, own, format_of(self.config, module, part.bits, len(own.codebooks)))
+            result.modules[part.path] = layer
+            count, width = weight.numel(), dense_rows(module).element_size()
+            error = mathematics.relative_error(weight, own.matrix(), gram)
+            sizes, stored = (8 * width, part.bits), (count * width, layer.stored_bytes())
+            result.rows.append(ModuleReport(block, part.path, part.kind, *sizes, count, count, error, *stored))

@@ -1,52 +1,71 @@
-"""The layer that keeps its weights as packed codes."""
+"""The layers that keep their weights as packed codes, and how they stand for dense ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ...errors import CompressionError, ConfigurationError
+from ...errors import CompressionError
 from ...kernels import codebook as kernel
-from ...kernels.matrix import CodebookMatrix, check_matrix
-from ...kernels.packing import pack_codes
-from ...layout import checked_size, register_module_type
-from .configuration import BITS
-from .mathematics import Coded, integer_steps
+from ...layout import register_module_type
+from .mathematics import Coded
+from .weight import CodebookFormat, PackedWeight
 
-# Half-precision tensors of the format; a cast of the model must not round them again.
-FORMAT_TENSORS = ("codebooks", "scales", "row_scales")
+DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
+
+
+def dense_rows(dense: nn.Module) -> Float[Tensor, "rows columns"]:
+    """The weight of a dense layer as a matrix: a row is an output, a filter or a token."""
+    weight: Tensor = dense.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(dense, Conv1D) else weight.flatten(start_dim=1)
+
+
+def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, device: Any = None) -> Any:
+    """The packed layer in place of a dense one, filled if `coded` is given, on the dense one's device or another.
+
+    Raises `ValueError` for a layer that has no packed form.
+    """
+    known = next((kind for kind in _LAYERS if isinstance(dense, kind)), None)
+    if known is None:
+        raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
+    layer = _LAYERS[known].in_place_of(dense, format, dense.weight.device if device is None else device)
+    if coded is not None:
+        layer.fill(coded)
+        if getattr(layer, "bias", None) is not None:
+            with torch.no_grad():
+                layer.bias.copy_(dense.bias)
+    return layer
+
+
+def _names() -> str:
+    return ", ".join(kind.__name__ for kind in _LAYERS)
+
+
+def _from_spec(cls: type[Any], dense: nn.Module, spec: dict[str, Any]) -> Any:
+    if not isinstance(dense, tuple(_LAYERS)):
+        raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
+    rows, columns = dense_rows(dense).shape
+    layer = coded_layer(dense, None, CodebookFormat.from_spec(spec, rows, columns))
+    if type(layer) is not cls:
+        raise ValueError(f"replaces a {type(dense).__name__}, for which it is not made")
+    return layer
 
 
 @register_module_type
-class CodebookLinear(nn.Linear):
-    """`y = x Ŵᵀ + b` with `Ŵ[r, c] = scale[r, c // G] · codebooks[row_codebook[r], code[r, c]]`.
+class CodebookLinear(PackedWeight, nn.Linear):
+    """`y = x Ŵᵀ + b` in place of an `nn.Linear`, or of the Conv1D of GPT-2 (the same with a transposed weight).
 
     Args:
         in_features, out_features: as of the dense layer.
         bias: whether there is one.
-        bits: 2, 3 or 4.
-        books: number of codebooks.
-        column_group: columns that share a scale.
-        integer_scales: scales in uint8 with one fp16 unit a row.
-
-    Attributes:
-        weight: packed codes, int32 (out_features, bits · ⌈in_features / 32⌉).
-        codebooks: fp16 (books, 2^bits).
-        scales: uint8 or fp16 (out_features, groups); `row_scales`: fp16 (out_features,) or `None`.
-        row_codebook: int16 or int32 (out_features,), `None` with a single codebook.
+        format: how the weight is kept.
     """
 
     layout_type: ClassVar[str] = "codebook_linear"
-    #: `weight` holds codes: nothing may be added to it.
-    packs_weight: ClassVar[bool] = True
-    row_scales: Tensor | None
-    row_codebook: Tensor | None
-    codebooks: Tensor
-    scales: Tensor
 
     def __init__(
         self,
@@ -54,139 +73,183 @@ class CodebookLinear(nn.Linear):
         out_features: int,
         bias: bool,
         *,
-        bits: int,
-        books: int,
-        column_group: int,
-        integer_scales: bool,
+        format: CodebookFormat,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         # Not nn.Linear's: it would make a dense weight. The class is one all the same, for PEFT's "all-linear".
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.column_group = bits, column_group
-
-        def empty(*shape: int, kind: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=kind, device=device)
-
-        groups = -(-in_features // column_group)
-        self.register_buffer("weight", empty(out_features, bits * -(-in_features // 32), kind=torch.int32))
-        self.register_buffer("codebooks", empty(books, 2**bits, kind=torch.float16))
-        scale_type = torch.uint8 if integer_scales else torch.float16
-        self.register_buffer("scales", empty(out_features, groups, kind=scale_type))
-        self.register_buffer("row_scales", empty(out_features, kind=torch.float16) if integer_scales else None)
-        index = torch.int16 if books <= torch.iinfo(torch.int16).max else torch.int32
-        self.register_buffer("row_codebook", empty(out_features, kind=index) if books > 1 else None)
-        self.register_parameter("bias", nn.Parameter(empty(out_features, kind=dtype)) if bias else None)  # type: ignore[arg-type]
+        self.make_tensors(out_features, in_features, format, device)
+        own = torch.empty(out_features, dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(own) if bias else None)
 
     @classmethod
-    def from_coded(cls, dense: nn.Linear, coded: Coded, integer_scales: bool) -> CodebookLinear:
-        """The layer for a matrix whose codebooks and scales are rounded as the file holds them."""
-        size = coded.codebooks.shape[1]
-        module = cls(
-            dense.in_features,
-            dense.out_features,
-            dense.bias is not None,
-            bits=(size - 1).bit_length(),
-            books=len(coded.codebooks),
-            column_group=coded.column_group,
-            integer_scales=integer_scales,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        with torch.no_grad():
-            module.get_buffer("weight").copy_(pack_codes(coded.codes.to(torch.uint8), module.bits))
-            module.codebooks.copy_(coded.codebooks)
-            if module.row_scales is not None:
-                steps, unit = integer_steps(coded.scales)
-                module.scales.copy_(steps)
-                module.row_scales.copy_(unit)
-            else:
-                module.scales.copy_(coded.scales)
-            if module.row_codebook is not None:
-                module.row_codebook.copy_(coded.row_codebook)
-            if module.bias is not None:
-                module.bias.copy_(dense.bias)
-        return module
+    def in_place_of(cls, dense: nn.Linear | Conv1D, format: CodebookFormat, device: Any) -> CodebookLinear:
+        rows, columns = dense_rows(dense).shape
+        bias = dense.bias is not None
+        return cls(columns, rows, bias, format=format, device=device, dtype=dense.weight.dtype)
 
-    def spec(self) -> dict[str, Any]:
-        return {
-            "bits": self.bits,
-            "books": len(self.codebooks),
-            "column_group": self.column_group,
-            "integer_scales": self.row_scales is not None,
-        }
+    from_spec = classmethod(_from_spec)
 
-    @classmethod
-    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> CodebookLinear:
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        if spec["bits"] not in BITS:
-            raise ValueError(f"`bits` must be one of {BITS}, got {spec['bits']!r}")
-        group = checked_size(spec, "column_group", max(dense.in_features, 1))
-        if group % 32 and group != dense.in_features:
-            raise ValueError(f"`column_group` must be a multiple of 32 or the row's width, got {group}")
-        if not isinstance(spec["integer_scales"], bool):
-            raise ValueError(f"`integer_scales` must be true or false, got {spec['integer_scales']!r}")
-        return cls(
-            dense.in_features,
-            dense.out_features,
-            dense.bias is not None,
-            bits=spec["bits"],
-            books=checked_size(spec, "books", dense.out_features),
-            column_group=group,
-            integer_scales=spec["integer_scales"],
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-
-    def as_matrix(self) -> CodebookMatrix:
-        """What the kernel takes."""
-        return CodebookMatrix(
-            self.get_buffer("weight"),
-            self.codebooks,
-            self.scales,
-            self.bits,
-            self.in_features,
-            self.column_group,
-            self.row_scales,
-            self.row_codebook,
-        )
+    @property
+    def bits(self) -> float:
+        return self.format.bits
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         return kernel.codebook_linear(input, self.as_matrix(), self.bias)
 
-    def matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
-        """`Ŵ`, dense."""
-        return kernel.dequantize(self.as_matrix(), dtype)
-
-    def check_tensors(self) -> None:
-        """After loading: shapes, finite numbers, and codebooks that exist."""
-        if not self.codebooks.is_meta:
-            try:
-                check_matrix(self.as_matrix())
-            except ConfigurationError as error:
-                raise ValueError(str(error)) from error
-
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
-        state = {"weight": self.matrix()}
-        return state if self.bias is None else {**state, "bias": self.bias}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookLinear:
-        """Moves go to every tensor; casts leave the format's half-precision tensors as they are."""
-        kept = {name: getattr(self, name) for name in FORMAT_TENSORS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
+        weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, column_group={self.column_group}"
+        return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, column_group={self.format.column_group}"
+
+
+@register_module_type
+class CodebookConv2d(PackedWeight, nn.Conv2d):
+    """A convolution whose filters, flattened to (out_channels, in_channels / groups · kh · kw), are rows of codes.
+
+    The filters are written out for every call: they are small beside the images.
+    """
+
+    layout_type: ClassVar[str] = "codebook_conv2d"
+
+    def __init__(self, dense: nn.Conv2d, format: CodebookFormat, device: Any) -> None:
+        nn.Module.__init__(self)
+        for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+        rows, columns = dense_rows(dense).shape
+        self.filter_shape = tuple(dense.weight.shape[1:])
+        self.make_tensors(rows, columns, format, device)
+        own = torch.empty(rows, dtype=dense.weight.dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(own) if dense.bias is not None else None)
+
+    @classmethod
+    def in_place_of(cls, dense: nn.Conv2d, format: CodebookFormat, device: Any) -> CodebookConv2d:
+        return cls(dense, format, device)
+
+    from_spec = classmethod(_from_spec)
+
+    def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
+        filters = self.matrix(input.dtype).unflatten(1, self.filter_shape)
+        convolved: Tensor = self._conv_forward(input, filters, self.bias)
+        return convolved
+
+    def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
+        weight = self.matrix().unflatten(1, self.filter_shape)
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
+
+
+@register_module_type
+class CodebookEmbedding(PackedWeight, nn.Embedding):
+    """A table of token vectors as rows of codes; only the rows that are asked for are written out."""
+
+    layout_type: ClassVar[str] = "codebook_embedding"
+
+    def __init__(self, dense: nn.Embedding, format: CodebookFormat, device: Any) -> None:
+        nn.Module.__init__(self)
+        for name in nn.Embedding.__constants__:
+            setattr(self, name, getattr(dense, name))
+        # Gemma's table multiplies what it looks up.
+        self.output_scale: float | None = getattr(dense, "scalar_embed_scale", None)
+        self.make_tensors(dense.num_embeddings, dense.embedding_dim, format, device)
+        # Codes have no dtype of the model's; this follows its casts.
+        self.register_buffer("like", torch.empty(0, dtype=dense.weight.dtype, device=device), persistent=False)
+
+    @classmethod
+    def in_place_of(cls, dense: nn.Embedding, format: CodebookFormat, device: Any) -> CodebookEmbedding:
+        own_lookup = type(dense).forward is not nn.Embedding.forward and not hasattr(dense, "scalar_embed_scale")
+        if own_lookup or dense.max_norm is not None:
+            raise ValueError(f"a {type(dense).__name__} does more than look vectors up; it has no packed form")
+        return cls(dense, format, device)
+
+    from_spec = classmethod(_from_spec)
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
+        ids, matrix = input.reshape(-1), self.as_matrix()
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, ids)
+
+        rows = matrix._replace(
+            packed=matrix.packed.index_select(0, ids),
+            scales=matrix.scales.index_select(0, ids),
+            row_scales=chosen(matrix.row_scales),
+            row_codebook=chosen(matrix.row_codebook),
         )
+        like = self.get_buffer("like")
+        vectors = kernel.dequantize(rows, like.dtype).view(*input.shape, self.columns)
+        if self.output_scale is None:
+            return vectors
+        # Rounded to the model's dtype first, as the dense table does.
+        return vectors * torch.tensor(self.output_scale, dtype=like.dtype, device=vectors.device)
+
+    def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
+        return {"weight": self.matrix()}
+
+
+@register_module_type
+class CodebookTiedLinear(nn.Linear):
+    """A head that multiplies with the codes of the embedding it is tied to; it has no weight of its own."""
+
+    layout_type: ClassVar[str] = "codebook_tied_linear"
+    packs_weight: ClassVar[bool] = True
+    dense_weights: ClassVar[int] = 0
+    source: Any
+
+    def __init__(self, dense: nn.Linear, source: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.source_path = source
+        own = torch.empty(dense.out_features, dtype=dense.weight.dtype, device=dense.weight.device)
+        self.register_parameter("bias", nn.Parameter(own) if dense.bias is not None else None)
+        # Not a child: the tensors belong to the embedding.
+        self.__dict__["source"] = None
+
+    def spec(self) -> dict[str, Any]:
+        return {"source": self.source_path}
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> CodebookTiedLinear:
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
+        if not isinstance(spec["source"], str):
+            raise ValueError(f"`source` must be a module path, got {spec['source']!r}")
+        return cls(dense, spec["source"])
+
+    def connect(self, source: nn.Module) -> None:
+        """Use the codes of `source`. Raises `ValueError` if it is no packed embedding of the same shape."""
+        if not isinstance(source, CodebookEmbedding):
+            raise ValueError(f"is tied to a {type(source).__name__}, expected a packed embedding")
+        if (source.num_embeddings, source.embedding_dim) != (self.out_features, self.in_features):
+            raise ValueError("has another shape than the embedding it is tied to")
+        self.__dict__["source"] = source
+
+    def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        matrix = self.source.as_matrix()
+        if matrix.packed.is_meta:
+            raise CompressionError(
+                f"the head is tied to {self.source_path!r}, which is offloaded. Put it on a device in the device_map."
+            )
+        # The two may be placed on different devices: the codes stay where they are.
+        local = input.to(matrix.packed.device)
+        bias = None if self.bias is None else self.bias.to(local.device)
+        return kernel.codebook_linear(local, matrix, bias).to(input.device)
+
+    def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
+        weight = self.source.matrix()
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
 
     def reset_parameters(self) -> None:
-        raise CompressionError("a CodebookLinear has no dense weight to initialise.")
+        raise CompressionError("a CodebookTiedLinear has no dense weight to initialise.")
+
+
+_LAYERS: dict[type[nn.Module], Any] = {
+    nn.Linear: CodebookLinear,
+    Conv1D: CodebookLinear,
+    nn.Conv2d: CodebookConv2d,
+    nn.Embedding: CodebookEmbedding,
+}

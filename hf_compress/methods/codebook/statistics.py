@@ -31,17 +31,23 @@ class InputStatistics:
     _first_of: dict[str, str] = field(default_factory=dict)
     _inputs: dict[str, Tensor] = field(default_factory=dict)
 
-    def observe_input(self, path: str, tensor: Tensor) -> None:
+    def observe_input(self, path: str, matrix: nn.Module, tensor: Tensor) -> None:
         """Add a batch's input of a matrix, once for all matrices that are handed the same tensor."""
         if path in self._inputs:
             self._inputs.clear()  # the next batch
+        if isinstance(matrix, nn.Conv2d):  # others may look at other patches of the same images
+            self._inputs[path] = tensor
+            self._add(path, patch_gram(matrix, tensor))
+            return
         first = next((other for other, seen in self._inputs.items() if seen is tensor), path)
         self._inputs[path] = tensor
         if first != path and self._first_of.get(path, first) == first:
             self._first_of[path] = first
             return
-        rows = real_tokens(tensor)
-        self.grams[path] = self.grams[path] + gram(rows) if path in self.grams else gram(rows)
+        self._add(path, gram(real_tokens(tensor)))
+
+    def _add(self, path: str, product: Float[Tensor, "columns columns"]) -> None:
+        self.grams[path] = self.grams[path] + product if path in self.grams else product
 
     def observe_drift(self, output: Tensor, dense_output: Tensor) -> None:
         """After a batch: its output of the block beside the dense model's."""
@@ -66,8 +72,8 @@ def collect_inputs(model: nn.Module, paths: list[str], drift_path: str | None) -
     handles = []
     for path in paths:
 
-        def observe(_module: nn.Module, inputs: tuple[Tensor, ...], _path: str = path) -> None:
-            statistics.observe_input(_path, inputs[0].detach() if inputs[0].requires_grad else inputs[0])
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...], _path: str = path) -> None:
+            statistics.observe_input(_path, module, inputs[0].detach() if inputs[0].requires_grad else inputs[0])
 
         handles.append(model.get_submodule(path).register_forward_pre_hook(observe))
     try:
@@ -78,6 +84,18 @@ def collect_inputs(model: nn.Module, paths: list[str], drift_path: str | None) -
         statistics.finish()
 
 
-def flat_gram(columns: int, device: torch.device) -> Float[Tensor, "columns columns"]:
-    """In place of data: every input alike."""
-    return torch.eye(columns, dtype=torch.float64, device=device)
+def patch_gram(matrix: nn.Conv2d, images: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "n n"]:
+    """Gram of the patches that a convolution's filters see, n = channels / groups · kh · kw. The groups are added up:
+    their filters share it."""
+    grams = [gram(patches(matrix, image)) for image in images.reshape(-1, *images.shape[-3:])]
+    return torch.stack(grams).sum(dim=0)
+
+
+def patches(matrix: nn.Conv2d, image: Float[Tensor, "channels height width"]) -> Float[Tensor, "patches n"]:
+    """What the filters of a convolution see of an image, group by group."""
+    mode = "constant" if matrix.padding_mode == "zeros" else matrix.padding_mode
+    padded = nn.functional.pad(image[None], matrix._reversed_padding_repeated_twice, mode=mode)
+    by_group = padded.view(matrix.groups, -1, *padded.shape[-2:])
+    size, dilation, stride = matrix.kernel_size, matrix.dilation, matrix.stride
+    found: Tensor = nn.functional.unfold(by_group, size, dilation, 0, stride)
+    return found.mT.reshape(-1, found.shape[1])

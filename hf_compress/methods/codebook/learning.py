@@ -1,0 +1,99 @@
+"""From dense matrices to codes: the steps of `mathematics` in the order that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import gradient, mathematics
+from .configuration import CodebookConfig
+from .mathematics import Coded
+
+# Weights that are worked on at once: larger matrices are coded in pieces, so that their codes, errors and scales stay
+# small beside the model.
+WEIGHTS_AT_ONCE = 1 << 23
+
+
+def code_matrices(
+    config: CodebookConfig,
+    weights: list[Tensor],
+    gram: Float[Tensor, "columns columns"] | None,
+    codes: int,
+    generator: torch.Generator,
+) -> list[Coded]:
+    """Matrices over the same inputs as codes, rounded as they are stored.
+
+    Args:
+        weights: (rows, columns) each, float32.
+        gram: `H`, damped, float64; `None` without data.
+        codes: codes of a codebook.
+        generator: on the CPU; draws the samples that codebooks start from.
+
+    Raises:
+        NumericalError: `H` is not positive definite even with more damping.
+    """
+    columns = weights[0].shape[1]
+    height = max(WEIGHTS_AT_ONCE // columns // config.rows_per_codebook, 1) * config.rows_per_codebook
+    pieces = [piece for weight in weights for piece in weight.split(height)]
+    coded: list[Coded] = []
+    for together in _within(pieces, WEIGHTS_AT_ONCE):
+        coded += _code_pieces(config, together, gram, codes, generator)
+    result = []
+    for weight in weights:
+        count = -(-len(weight) // height)
+        result.append(mathematics.join(coded[:count]))
+        coded = coded[count:]
+    return result
+
+
+def _within(pieces: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Neighbours together, up to `limit` weights."""
+    group: list[Tensor] = []
+    for piece in pieces:
+        if group and sum(other.numel() for other in group) + piece.numel() > limit:
+            yield group
+            group = []
+        group.append(piece)
+    yield group
+
+
+def _code_pieces(
+    config: CodebookConfig, weights: list[Tensor], gram: Tensor | None, codes: int, generator: torch.Generator
+) -> list[Coded]:
+    columns = weights[0].shape[1]
+    importance = weights[0].new_ones(columns) if gram is None else gram.diagonal()
+    starts = [
+        mathematics.start(
+            weight,
+            importance,
+            codes=codes,
+            column_group=min(config.column_group or columns, columns),
+            rows_per_codebook=config.rows_per_codebook,
+            generator=generator,
+        )
+        for weight in weights
+    ]
+    coded, stacked = mathematics.as_stored(mathematics.join(starts), config.integer_scales), torch.cat(weights)
+    if gram is None or config.learning == "none":
+        coded = mathematics.assign_nearest(stacked, coded)
+    else:
+        coded = mathematics.assign_with_feedback(stacked, gram, coded)
+        if config.learning == "joint":
+            coded = _learn_jointly(config, stacked, gram, coded)
+        elif config.learning != "feedback":
+            coded = gradient.descend(stacked, gram, coded, config.learning, config.integer_scales)
+    return mathematics.split(coded, starts)
+
+
+def _learn_jointly(config: CodebookConfig, weight: Tensor, gram: Tensor, coded: Coded) -> Coded:
+    """Codes, scales and codebooks in turn, each at its optimum given the others, rounded as they are stored."""
+    coded = mathematics.sweep_codes(weight, gram, coded)
+    for _ in range(config.rounds):
+        coded = mathematics.refit_scales(weight, gram, coded)
+        coded = mathematics.refit_codebooks(weight, gram, coded)
+        coded = mathematics.as_stored(coded, config.integer_scales)
+        coded = mathematics.sweep_codes(weight, gram, coded)
+    return coded

@@ -1,0 +1,127 @@
+"""Which matrices of a model are coded, and with how many bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...anatomy import ModelAnatomy
+from ...engine.exclusion import is_excluded
+from ...errors import ConfigurationError
+from .configuration import CODED_KINDS, OUTSIDE, Bits, CodebookConfig, CodedKind
+from .modules import CodebookTiedLinear, coded_layer, dense_rows
+from .weight import CodebookFormat
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix to be coded.
+
+    Args:
+        path: of its module.
+        kind: decides on its bits.
+        bits: a weight.
+        tied_head: path of the head that multiplies with this table of token vectors.
+    """
+
+    path: str
+    kind: CodedKind
+    bits: Bits
+    tied_head: str | None = None
+
+
+def format_of(config: CodebookConfig, dense: nn.Module, bits: Bits, books: int | None = None) -> CodebookFormat:
+    """How a matrix is kept; `books` as the recipe expects it unless it is given."""
+    rows, columns = dense_rows(dense).shape
+    return CodebookFormat(
+        bits=bits,
+        books=-(-rows // config.rows_per_codebook) if books is None else books,
+        column_group=min(config.column_group or columns, columns),
+        integer_scales=config.integer_scales,
+        trainable=config.trainable_codebooks,
+    )
+
+
+def parts_of_block(config: CodebookConfig, anatomy: ModelAnatomy, block: int) -> tuple[list[Part], list[str]]:
+    """The matrices of a block, and those left alone with the reason. Raises `ConfigurationError` for one that is too
+    small."""
+    parts, left_alone = [], []
+    for path, kind in anatomy.block_matrices(block):
+        assert kind in CODED_KINDS
+        part = _part(config, anatomy, path, kind)
+        if isinstance(part, str):
+            left_alone.append(part)
+        else:
+            parts.append(part)
+    return parts, left_alone
+
+
+def parts_outside(config: CodebookConfig, anatomy: ModelAnatomy) -> tuple[list[Part], list[str]]:
+    """Embedding and head, if they have bits; one table if they are tied.
+
+    Raises:
+        ConfigurationError: bits for what the model does not have, or two different numbers for one table.
+    """
+    table, head = anatomy.outside("embedding"), anatomy.outside("head")
+    wanted = [kind for kind in OUTSIDE if config.bits_of(kind) is not None]
+    for kind in wanted:
+        if (table if kind == "embedding" else head) is None:
+            raise ConfigurationError(
+                f"`bits` names {kind!r}, and {type(anatomy.model).__name__} has no "
+                f"{'table of token vectors' if kind == 'embedding' else 'linear head'}. Leave it out."
+            )
+    if not wanted:
+        return [], []
+    if config.trainable_codebooks and anatomy.model.dtype != torch.float32:
+        # Transformers reads a model's dtype off its first parameter, which would be a table in float32.
+        raise ConfigurationError(
+            f"trainable_codebooks=True with bits for {wanted[0]!r} needs a model in float32, this one is in "
+            f"{anatomy.model.dtype}. Load it with dtype=torch.float32, or leave embedding and head dense."
+        )
+    if anatomy.head_is_tied():
+        bits = {config.bits_of(kind) for kind in wanted}
+        if len(bits) > 1:
+            raise ConfigurationError(
+                "`bits` gives embedding and head different numbers, and in this model they are one table. Give one."
+            )
+        assert table is not None
+        part = _part(config, anatomy, table, wanted[0], head)
+        return ([], [part]) if isinstance(part, str) else ([part], [])
+    found = [_part(config, anatomy, table if kind == "embedding" else head, kind) for kind in wanted]  # type: ignore[arg-type]
+    return [part for part in found if isinstance(part, Part)], [part for part in found if isinstance(part, str)]
+
+
+def _part(
+    config: CodebookConfig, anatomy: ModelAnatomy, path: str, kind: CodedKind, tied_head: str | None = None
+) -> Part | str:
+    bits = config.bits_of(kind)
+    if bits is None:
+        return f"{path}: no bits for its kind"
+    excluded = config.modules_to_not_convert
+    if is_excluded(path, excluded) or (tied_head is not None and is_excluded(tied_head, excluded)):
+        return f"{path}: excluded"
+    dense = anatomy.model.get_submodule(path)
+    try:
+        format = format_of(config, dense, bits)
+        coded_layer(dense, None, format, device="meta")
+    except ValueError as error:
+        raise ConfigurationError(f"{path!r} {error}. Add it to modules_to_not_convert.") from error
+    columns = dense_rows(dense).shape[1]
+    if columns < format.codes:
+        raise ConfigurationError(
+            f"{path!r} has rows of {columns} weights, shorter than a codebook of {format.codes} codes. "
+            "Add it to modules_to_not_convert, or take fewer bits."
+        )
+    return Part(path, kind, bits, tied_head)
+
+
+def tied_head(part: Part, dense_head: nn.Module, table: nn.Module) -> CodebookTiedLinear:
+    """The head that multiplies with a coded table."""
+    assert isinstance(dense_head, nn.Linear)
+    head = CodebookTiedLinear(dense_head, part.path)
+    if head.bias is not None:
+        head.bias.data.copy_(dense_head.bias)
+    head.connect(table)
+    return head

@@ -1,0 +1,222 @@
+"""What every layer with packed codes shares: the format's tensors, their checks, moves and casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...errors import CompressionError, ConfigurationError
+from ...kernels import codebook as kernel
+from ...kernels.matrix import CodebookMatrix, check_matrix
+from ...kernels.packing import pack_codes, words_per_row
+from ...kernels.ternary import pack_ternary, ternary_bytes, unpack_ternary
+from ...layout import checked_size
+from .configuration import BITS, TERNARY
+from .mathematics import Coded, integer_steps
+
+# Tensors of the format that are floats; a cast of the model must not round them again.
+FORMAT_TENSORS = ("codebooks", "scales", "row_scales")
+
+
+@dataclass(frozen=True)
+class CodebookFormat:
+    """How a matrix is kept.
+
+    Args:
+        bits: 2, 3 or 4 a weight, or 1.58: three codes, five of them in a byte.
+        books: number of codebooks.
+        column_group: columns that share a scale.
+        integer_scales: scales in uint8 with one unit a row.
+        trainable: codebooks and float scales are float32 parameters rather than fp16 buffers.
+    """
+
+    bits: float
+    books: int
+    column_group: int
+    integer_scales: bool
+    trainable: bool = False
+
+    @property
+    def codes(self) -> int:
+        """Codes of a codebook."""
+        return 3 if self.bits == TERNARY else 1 << int(self.bits)
+
+    @property
+    def kernel_bits(self) -> int:
+        """Bits of a code where the kernel reads it."""
+        return 2 if self.bits == TERNARY else int(self.bits)
+
+    def spec(self) -> dict[str, Any]:
+        fields = {
+            "bits": self.bits,
+            "books": self.books,
+            "column_group": self.column_group,
+            "integer_scales": self.integer_scales,
+        }
+        return {**fields, "trainable": True} if self.trainable else fields
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], rows: int, columns: int) -> CodebookFormat:
+        """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
+        if spec["bits"] not in BITS or isinstance(spec["bits"], bool):
+            raise ValueError(f"`bits` must be one of {BITS}, got {spec['bits']!r}")
+        group = checked_size(spec, "column_group", max(columns, 1))
+        if group % 32 and group != columns:
+            raise ValueError(f"`column_group` must be a multiple of 32 or the row's width, got {group}")
+        for name in ("integer_scales", "trainable"):
+            if not isinstance(spec.get(name, False), bool):
+                raise ValueError(f"`{name}` must be true or false, got {spec[name]!r}")
+        return cls(
+            bits=spec["bits"],
+            books=checked_size(spec, "books", rows),
+            column_group=group,
+            integer_scales=spec["integer_scales"],
+            trainable=spec.get("trainable", False),
+        )
+
+
+class PackedWeight(nn.Module):
+    """Mixin of a layer whose weight of shape (rows, columns) is kept as codes.
+
+        W[r, c] = scale[r, c // column_group] · codebooks[row_codebook[r], code[r, c]]
+
+    Attributes:
+        weight: packed codes: int32 (rows, bits · ⌈columns / 32⌉), or for 1.58 bits uint8 (rows, ⌈columns / 5⌉).
+        codebooks: fp16 (books, 2^bits); with 1.58 bits the last of four is never used.
+        scales: uint8 or fp16 (rows, groups); `row_scales`: fp16 (rows,) or `None`.
+        row_codebook: int16 or int32 (rows,), `None` with a single codebook.
+    """
+
+    #: `weight` holds codes: nothing may be added to it.
+    packs_weight: ClassVar[bool] = True
+    format: CodebookFormat
+    columns: int
+    codebooks: Tensor
+    scales: Tensor
+    row_scales: Tensor | None
+    row_codebook: Tensor | None
+    kernel_codes: Tensor | None
+
+    def make_tensors(self, rows: int, columns: int, format: CodebookFormat, device: Any) -> None:
+        """Register the tensors, uninitialised."""
+        self.format, self.columns = format, columns
+        books, kind = format.books, torch.float32 if format.trainable else torch.float16
+
+        def keep(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if format.trainable and name in FORMAT_TENSORS and dtype.is_floating_point:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+        ternary = format.bits == TERNARY
+        words = words_per_row(columns, format.kernel_bits)
+        if ternary:
+            keep("weight", (rows, ternary_bytes(columns)), torch.uint8)
+        else:
+            keep("weight", (rows, words), torch.int32)
+        # Three codes are stored in less than the kernel reads: it has a copy of its own, which is never saved.
+        expanded = torch.empty((rows, words), dtype=torch.int32, device=device) if ternary else None
+        self.register_buffer("kernel_codes", expanded, persistent=False)
+        keep("codebooks", (books, 1 << format.kernel_bits), kind)
+        keep("scales", (rows, -(-columns // format.column_group)), torch.uint8 if format.integer_scales else kind)
+        if format.integer_scales:
+            keep("row_scales", (rows,), kind)
+        else:
+            self.register_buffer("row_scales", None)
+        if books > 1:
+            keep("row_codebook", (rows,), torch.int16 if books <= torch.iinfo(torch.int16).max else torch.int32)
+        else:
+            self.register_buffer("row_codebook", None)
+
+    @torch.no_grad()
+    def fill(self, coded: Coded) -> None:
+        """Take over a matrix whose codebooks and scales are rounded as the file holds them."""
+        codes, size = coded.codes.to(torch.uint8), coded.codebooks.shape[1]
+        pack = pack_ternary(codes) if self.format.bits == TERNARY else pack_codes(codes, self.format.kernel_bits)
+        self.get_buffer("weight").copy_(pack)
+        self.codebooks[:, :size].copy_(coded.codebooks)
+        self.codebooks[:, size:].copy_(coded.codebooks[:, -1:])
+        if self.row_scales is not None:
+            steps, unit = integer_steps(coded.scales)
+            self.scales.copy_(steps)
+            self.row_scales.copy_(unit)
+        else:
+            self.scales.copy_(coded.scales)
+        if self.row_codebook is not None:
+            self.row_codebook.copy_(coded.row_codebook)
+        self.expand_codes()
+
+    def expand_codes(self) -> None:
+        """Bring the kernel's copy of the codes up to date, where it has one."""
+        weight = self.get_buffer("weight")
+        if self.kernel_codes is not None and not weight.is_meta:
+            codes = unpack_ternary(weight, self.columns)
+            self.kernel_codes = pack_codes(codes, self.format.kernel_bits)
+
+    def spec(self) -> dict[str, Any]:
+        return self.format.spec()
+
+    @property
+    def dense_weights(self) -> int:
+        """Weights of the dense layer that the codes stand for."""
+        return int(self.scales.shape[0]) * self.columns
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything that stands for the matrix, without the bias."""
+        tensors = (self.get_buffer("weight"), self.codebooks, self.scales, self.row_scales, self.row_codebook)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def as_matrix(self) -> CodebookMatrix:
+        """What the kernel takes."""
+        return CodebookMatrix(
+            self.get_buffer("weight") if self.kernel_codes is None else self.kernel_codes,
+            self.codebooks,
+            self.scales,
+            self.format.kernel_bits,
+            self.columns,
+            self.format.column_group,
+            self.row_scales,
+            self.row_codebook,
+        )
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "rows columns"]:
+        """`Ŵ`, dense."""
+        return kernel.dequantize(self.as_matrix(), dtype)
+
+    def check_tensors(self) -> None:
+        """After loading: shapes, finite numbers, codes and codebooks that exist. Raises `ValueError`."""
+        if self.codebooks.is_meta:
+            return
+        try:
+            self.expand_codes()
+            check_matrix(self.as_matrix())
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from error
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.expand_codes()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves go to every tensor; casts leave the format's floats as they are."""
+        kept = {name: getattr(self, name) for name in FORMAT_TENSORS}
+        kept = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype == before.dtype:
+                continue
+            if name in self._parameters:
+                after.data = before.to(after.device)
+            else:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def reset_parameters(self) -> None:
+        raise CompressionError(f"a {type(self).__name__} has no dense weight to initialise.")
