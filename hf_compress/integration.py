@@ -64,6 +64,7 @@ def install() -> None:
     PreTrainedModel.from_pretrained = classmethod(_marked(_from_pretrained, from_pretrained.__func__, from_pretrained))
     _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
     _wrap(PreTrainedModel, "push_to_hub", _push_to_hub)
+    _wrap(PreTrainedModel, "resize_token_embeddings", _resize_token_embeddings)
     _wrap(PeftAdapterMixin, "add_adapter", _add_adapter)
     if "peft" in sys.modules:
         _wrap_peft()
@@ -72,7 +73,8 @@ def install() -> None:
 
 def uninstall() -> None:
     """Undo `install`."""
-    wrapped = [(PreTrainedModel, name) for name in ("from_pretrained", "save_pretrained", "push_to_hub")]
+    names = ("from_pretrained", "save_pretrained", "push_to_hub", "resize_token_embeddings")
+    wrapped = [(PreTrainedModel, name) for name in names]
     wrapped += [(PeftAdapterMixin, "add_adapter"), *((owner, name) for owner, name, _ in _peft_methods())]
     for owner, name in wrapped:
         original = getattr(getattr(owner, name), _ORIGINAL, None)
@@ -221,6 +223,19 @@ def _push_to_hub(original: Callable[..., Any], model: PreTrainedModel, repo_id: 
         # The upload saved to a temporary folder; the model's name is the repository's.
         model.name_or_path = model.config.name_or_path = repo_id
     return result
+
+
+def _resize_token_embeddings(
+    original: Callable[..., Any], model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Transformers would take packed codes for token vectors."""
+    table = model.get_input_embeddings()
+    if getattr(table, "packs_weight", False) and new_num_tokens not in (None, table.num_embeddings):
+        raise CompressionError(
+            f"the table of {table.num_embeddings} token vectors is kept as codes and cannot be resized to "
+            f"{new_num_tokens}. Resize the dense model and compress that, or call dequantize() first."
+        )
+    return table if getattr(table, "packs_weight", False) else original(model, new_num_tokens, *args, **kwargs)
 
 
 def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:

@@ -84,7 +84,19 @@ def replay(model: nn.Module, layout: Any) -> None:
             continue  # part of a head that this class of model does not have
         path = _path_in(model, entry["path"])
         model.set_submodule(path, build_module(model.get_submodule(path), entry))
+    _tie_heads(model)
     connect(model)
+
+
+def _tie_heads(model: Any) -> None:
+    """A head that is tied to a table which was compressed in a model without a head."""
+    for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        head, table = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if not (_has(model, head) and _has(model, table)):
+            continue
+        tie = getattr(model.get_submodule(table), "tied_head", None)
+        if tie is not None and type(model.get_submodule(head)) not in _MODULE_TYPES.values():
+            model.set_submodule(head, tie(model.get_submodule(head), table))
 
 
 def connect(model: nn.Module) -> None:

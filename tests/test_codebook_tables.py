@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, calibration, make_model, token_ids
@@ -117,6 +118,32 @@ def test_the_base_model_and_other_heads_load_without_the_head(tmp_path: Path) ->
         assert torch.equal(base(IDS)[0], model.model(IDS)[0])
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
     assert isinstance(classifier.model.embed_tokens, CodebookEmbedding)
+
+
+def test_a_table_compressed_without_a_head_serves_one(tmp_path: Path) -> None:
+    base = tied_llama().model
+    compressed(base).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.source is model.model.embed_tokens
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_adapters_train_beside_a_coded_table(tmp_path: Path) -> None:
+    compressed(tied_llama()).save_pretrained(tmp_path / "coded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(adapted))
+
+
+def test_resizing_a_coded_table_is_refused() -> None:
+    model = compressed(tied_llama())
+    assert model.resize_token_embeddings(96) is model.model.embed_tokens
+    with pytest.raises(hf_compress.CompressionError, match="cannot be resized"):
+        model.resize_token_embeddings(100)
 
 
 def test_dequantize_ties_again(tmp_path: Path) -> None:

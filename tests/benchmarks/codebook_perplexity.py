@@ -16,7 +16,7 @@ from typing import Any
 from setting import Setting, parser_for
 
 import hf_compress
-from hf_compress import CodebookConfig
+from hf_compress import CalibrationConfig, CodebookConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -26,12 +26,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16 scales, groups of 64": {"integer_scales": False, "column_group": 64},
     "one scale a row": {"column_group": None},
     "a codebook a row": {"rows_per_codebook": 1},
+    "block tuning": {"block_epochs": 2},
+    "no block tuning": {"block_epochs": 0},
+    "proximal gradient": {"learning": "proximal", "block_epochs": 0},
+    "distance-weighted gradient": {"learning": "distance", "block_epochs": 0},
+    "latent weights": {"learning": "latent", "block_epochs": 0},
+    "mixed bits": {"bits": "auto"},
+    "embedding and head at 4 bits": {"embedding": 4},
 }
+
+
+def number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+def recipe(variant: str, bits: float, source: CalibrationConfig) -> CodebookConfig:
+    fields = dict(VARIANTS[variant])
+    if fields.get("bits") == "auto":
+        fields["average_bits"] = bits
+    elif "embedding" in fields:
+        fields["bits"] = {**dict.fromkeys(("mlp", "query_key", "value_output"), bits), **fields}
+        del fields["embedding"]
+    else:
+        fields["bits"] = bits
+    return CodebookConfig(calibration=source, **fields)
 
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=number, nargs="+", default=[4, 3, 2])
     parser.add_argument("--variant", nargs="+", default=["default"], choices=list(VARIANTS))
     arguments = parser.parse_args()
     setting = Setting(arguments)
@@ -40,7 +63,7 @@ def main() -> None:
         for bits in arguments.bits:
             model = setting.load()
             began = time.perf_counter()
-            hf_compress.compress(model, CodebookConfig(bits=bits, calibration=setting.source, **VARIANTS[variant]))
+            hf_compress.compress(model, recipe(variant, bits, setting.source))
             seconds = time.perf_counter() - began
             report = model.compression_report
             line = {

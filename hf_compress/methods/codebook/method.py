@@ -22,7 +22,7 @@ from .allocation import allocate_bits, estimate_losses
 from .configuration import TERNARY, CodebookConfig
 from .learning import code_matrices
 from .modules import coded_layer, dense_rows
-from .parts import Part, format_of, parts_of_block, parts_outside, tied_head
+from .parts import Part, format_of, parts_of_block, parts_outside
 from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block
 
@@ -103,8 +103,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             gram = None if statistics is None else statistics.grams.get(part.tied_head or part.path)
             self._code(OUTSIDE, [part], gram, None, generator, result)
             if part.tied_head is not None:
+                table: Any = result.modules[part.path]
                 dense_head = self.anatomy.model.get_submodule(part.tied_head)
-                result.modules[part.tied_head] = tied_head(part, dense_head, result.modules[part.path])
+                result.modules[part.tied_head] = table.tied_head(dense_head, part.path)
         return result if self.outside else None
 
     def collect(self, block: int) -> AbstractContextManager[InputStatistics | None]:

@@ -187,6 +187,15 @@ class CodebookEmbedding(PackedWeight, nn.Embedding):
         # Rounded to the model's dtype first, as the dense table does.
         return vectors * torch.tensor(self.output_scale, dtype=like.dtype, device=vectors.device)
 
+    def tied_head(self, dense: nn.Module, path: str) -> CodebookTiedLinear:
+        """The head that multiplies with this table, which is at `path`, in place of a dense one."""
+        assert isinstance(dense, nn.Linear)
+        head = CodebookTiedLinear(dense, path)
+        if head.bias is not None:
+            head.bias = dense.bias
+        head.connect(self)
+        return head
+
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         return {"weight": self.matrix()}
 

@@ -11,7 +11,7 @@ from ...anatomy import ModelAnatomy
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
 from .configuration import CODED_KINDS, OUTSIDE, Bits, CodebookConfig, CodedKind
-from .modules import CodebookTiedLinear, coded_layer, dense_rows
+from .modules import coded_layer, dense_rows
 from .weight import CodebookFormat
 
 
@@ -115,13 +115,3 @@ def _part(
             "Add it to modules_to_not_convert, or take fewer bits."
         )
     return Part(path, kind, bits, tied_head)
-
-
-def tied_head(part: Part, dense_head: nn.Module, table: nn.Module) -> CodebookTiedLinear:
-    """The head that multiplies with a coded table."""
-    assert isinstance(dense_head, nn.Linear)
-    head = CodebookTiedLinear(dense_head, part.path)
-    if head.bias is not None:
-        head.bias.data.copy_(dense_head.bias)
-    head.connect(table)
-    return head

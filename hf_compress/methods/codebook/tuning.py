@@ -27,7 +27,7 @@ from .weight import PackedWeight
 
 # Adam's rates: of the values behind the codes in units of the scale, of codebooks in the same units, and of scales and
 # norms relative to themselves.
-LATENT_RATE, BOOK_RATE, RELATIVE_RATE = 0.01, 0.002, 0.002
+LATENT_RATE, BOOK_RATE, RELATIVE_RATE = 0.002, 0.002, 0.002
 # The share of batches that decides whether the tuned block is kept.
 VALIDATION = 8
 
@@ -142,6 +142,7 @@ def tune_block(
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         steps = epochs * len(training)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.02))
+        flags = {parameter: parameter.requires_grad for parameter in beside.values()}
         for parameter in beside.values():
             parameter.requires_grad_(True)
         for _ in range(epochs):
@@ -155,14 +156,13 @@ def tune_block(
         for path, layer in layers.items():
             layer.fill(as_stored(tuned[path].coded(), layer.format.integer_scales))
         end = _error(module, stream, block, targets, validation)
-    print("tune", block, start, end, flush=True)
     kept = end < start
     with torch.no_grad():
         for layer, coded in zip(layers.values(), stored, strict=True):
             if not kept:
                 layer.fill(coded)
         for name, parameter in beside.items():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(flags[parameter])
             if not kept:
                 parameter.copy_(before[name])
     parameters = {
@@ -194,6 +194,7 @@ def _product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 @contextmanager
 def _in_float32(module: nn.Module) -> Iterator[None]:
     dtypes = {parameter: parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
     module.float()
     try:
         yield
@@ -201,6 +202,9 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
         for parameter, dtype in dtypes.items():
             parameter.data = parameter.data.to(dtype)
             parameter.grad = None
+        for part, name, buffer in buffers:
+            if buffer is not None and buffer.dtype != part._buffers[name].dtype:  # type: ignore[union-attr]
+                part._buffers[name] = buffer
 
 
 @contextmanager
