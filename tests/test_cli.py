@@ -113,9 +113,10 @@ def test_run_with_codebooks_needs_no_data(tiny_model: Path, tmp_path: Path) -> N
     assert layers[0].mlp.up_proj.bits == 2
     assert layers[2].self_attn.o_proj.bits == 4
     assert type(layers[1].self_attn.q_proj) is torch.nn.Linear
-    planned = invoke("plan", tiny_model, "--method", "codebook", "--bits", "2")
-    assert planned.exit_code == 0, planned.output
-    assert "bytes on disk" in planned.stdout
+    for bits in (("2",), ("1.58",), ("mlp=2,embedding=4",), ("auto", "--average-bits", "2.5")):
+        planned = invoke("plan", tiny_model, "--method", "codebook", "--bits", *bits)
+        assert planned.exit_code == 0, planned.output
+        assert "bytes on disk" in planned.stdout
 
 
 def test_run_mixes_datasets_and_writes_a_portable_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -195,6 +196,8 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--bits", "many"), "--bits 'many'"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--bits", "5"), "2, 3 or 4"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "3"), "--dataset"),
+        (("plan", "MODEL", "--method", "codebook", "--bits", "auto"), "belong together"),
+        (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "2", "--dataset", "TEXT", "--block-epochs", "some"), "--block-epochs"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--reduction", "0.2"), "reduction"),
         (("plan", "./nowhere", "--reduction", "0.2"), "no folder './nowhere'"),
         (("eval", "MODEL"), "--text"),
