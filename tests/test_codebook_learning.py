@@ -19,6 +19,7 @@ from hf_compress import CalibrationConfig, CodebookConfig
 from hf_compress.kernels.ternary import pack_ternary, ternary_bytes, unpack_ternary
 from hf_compress.methods.codebook import gradient, mathematics
 from hf_compress.methods.codebook.allocation import allocate_bits
+from hf_compress.methods.codebook.coded import Coded, as_stored
 from hf_compress.methods.codebook.modules import CodebookConv2d, CodebookLinear
 
 IDS = token_ids(3, 20, seed=5)
@@ -35,7 +36,7 @@ def coded(family: str = "llama", dtype: torch.dtype = torch.float32, **fields: A
 
 
 @pytest.fixture
-def problem() -> tuple[torch.Tensor, torch.Tensor, mathematics.Coded]:
+def problem() -> tuple[torch.Tensor, torch.Tensor, Coded]:
     torch.manual_seed(0)
     inputs = torch.randn(300, 64, dtype=torch.float64) @ torch.randn(64, 64, dtype=torch.float64)
     gram = mathematics.damped(inputs.T @ inputs, 0.01)
@@ -48,7 +49,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, mathematics.Coded]:
         rows_per_codebook=8,
         generator=torch.Generator().manual_seed(0),
     )
-    stored = mathematics.as_stored(start, True)
+    stored = as_stored(start, True)
     return weight, gram, replace(stored, codebooks=stored.codebooks.double(), scales=stored.scales.double())
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import hf_compress
 
 from hf_compress.methods.codebook import mathematics as m
+from hf_compress.methods.codebook.coded import Coded, as_stored
 
 ROWS, COLUMNS, GROUP = 12, 80, 32
 
@@ -26,7 +27,7 @@ def weight() -> torch.Tensor:
     return torch.randn(ROWS, COLUMNS, dtype=torch.float64) * torch.rand(ROWS, 1, dtype=torch.float64)
 
 
-def start(weight: torch.Tensor, importance: torch.Tensor, codes: int = 8, rows_per_codebook: int = 4) -> m.Coded:
+def start(weight: torch.Tensor, importance: torch.Tensor, codes: int = 8, rows_per_codebook: int = 4) -> Coded:
     return m.start(
         weight,
         importance,
@@ -56,7 +57,7 @@ def test_a_matrix_of_few_values_is_met_exactly() -> None:
 def test_zero_rows_stay_zero_and_constant_rows_are_met(gram: torch.Tensor, weight: torch.Tensor) -> None:
     weight = weight.clone()
     weight[3], weight[5], weight[7, :GROUP] = 0, 0.625, 0
-    coded = m.as_stored(start(weight, gram.diagonal()), integer_scales=True)
+    coded = as_stored(start(weight, gram.diagonal()), integer_scales=True)
     assert float((coded.matrix()[5] / 0.625 - 1).abs().max()) < 2e-3  # a step of the scales
     coded = m.assign_with_feedback(weight, gram, coded)
     assert coded.matrix()[3].abs().max() == 0
@@ -138,10 +139,10 @@ def test_scales_are_the_least_squares_ones(weight: torch.Tensor, gram: torch.Ten
 @pytest.mark.parametrize("integer", [True, False])
 def test_stored_scales_are_near_and_the_largest_fits(weight: torch.Tensor, integer: bool) -> None:
     coded = start(weight.float(), torch.ones(COLUMNS))
-    stored = m.as_stored(coded, integer)
+    stored = as_stored(coded, integer)
     limit = coded.scales.amax(dim=1, keepdim=True) * (0.5 / 255 if integer else 2**-11)
     assert bool(((stored.scales - coded.scales).abs() <= 1.01 * limit).all())
-    again = m.as_stored(stored, integer)
+    again = as_stored(stored, integer)
     torch.testing.assert_close(again.scales, stored.scales, rtol=1e-3, atol=0)
 
 
@@ -150,7 +151,7 @@ def test_small_and_large_weights_are_stored_as_well(weight: torch.Tensor, size: 
     """Units of scales in fp16 become denormal below weights of about 0.02, which many models have."""
     small = weight.float() * size
     coded = start(small, torch.ones(COLUMNS))
-    before, after = (m.relative_error(small, one.matrix(), None) for one in (coded, m.as_stored(coded, True)))
+    before, after = (m.relative_error(small, one.matrix(), None) for one in (coded, as_stored(coded, True)))
     assert after < 1.1 * before + 1e-4
 
 

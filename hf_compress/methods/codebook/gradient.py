@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .mathematics import Coded, as_stored, assign_nearest
+from .coded import Coded, as_stored
+from .mathematics import assign_nearest
 
 STEPS = 60
 MOMENTUM = 0.9

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import gradient, mathematics
+from .coded import Coded, as_stored, join, split
 from .configuration import CodebookConfig
-from .mathematics import Coded
 
 # Weights that are worked on at once: larger matrices are coded in pieces, so that their codes, errors and scales stay
 # small beside the model.
@@ -44,7 +44,7 @@ def code_matrices(
     result = []
     for weight in weights:
         count = -(-len(weight) // height)
-        result.append(mathematics.join(coded[:count]))
+        result.append(join(coded[:count]))
         coded = coded[count:]
     return result
 
@@ -76,7 +76,7 @@ def _code_pieces(
         )
         for weight in weights
     ]
-    coded, stacked = mathematics.as_stored(mathematics.join(starts), config.integer_scales), torch.cat(weights)
+    coded, stacked = as_stored(join(starts), config.integer_scales), torch.cat(weights)
     if gram is None or config.learning == "none":
         coded = mathematics.assign_nearest(stacked, coded)
     else:
@@ -85,7 +85,7 @@ def _code_pieces(
             coded = _learn_jointly(config, stacked, gram, coded)
         elif config.learning != "feedback":
             coded = gradient.descend(stacked, gram, coded, config.learning, config.integer_scales)
-    return mathematics.split(coded, starts)
+    return split(coded, starts)
 
 
 def _learn_jointly(config: CodebookConfig, weight: Tensor, gram: Tensor, coded: Coded) -> Coded:
@@ -94,6 +94,6 @@ def _learn_jointly(config: CodebookConfig, weight: Tensor, gram: Tensor, coded: 
     for _ in range(config.rounds):
         coded = mathematics.refit_scales(weight, gram, coded)
         coded = mathematics.refit_codebooks(weight, gram, coded)
-        coded = mathematics.as_stored(coded, config.integer_scales)
+        coded = as_stored(coded, config.integer_scales)
         coded = mathematics.sweep_codes(weight, gram, coded)
     return coded

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
 from ...layout import register_module_type
-from .mathematics import Coded
+from .coded import Coded
 from .weight import CodebookFormat, PackedWeight
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,16 +20,17 @@ from torch.utils._pytree import tree_map
 from ...engine.blocks import BlockStream, real_tokens
 from ...engine.session import BlockResult
 from ...kernels.packing import unpack_codes
+from .coded import Coded, as_stored
 from .configuration import CodebookConfig
-from .mathematics import Coded, as_stored
 from .modules import CodebookConv2d
-from .weight import PackedWeight
+from .weight import FORMAT_TENSORS, PackedWeight
 
 # Adam's rates: of the values behind the codes in units of the scale, of codebooks in the same units, and of scales and
 # norms relative to themselves.
 LATENT_RATE, BOOK_RATE, RELATIVE_RATE = 0.002, 0.002, 0.002
-# The share of batches that decides whether the tuned block is kept.
+# One in so many sequences decides whether the tuned block is kept.
 VALIDATION = 8
+TINY = 1e-30
 
 
 class TunedWeight(nn.Module):
@@ -40,21 +41,19 @@ class TunedWeight(nn.Module):
         dense: the weight it stands for. Values behind the codes start as near to it as the codes allow.
     """
 
-    def __init__(self, layer: PackedWeight, dense: Float[Tensor, "rows columns"] | None) -> None:
+    def __init__(self, layer: PackedWeight, dense: Float[Tensor, "rows columns"]) -> None:
         super().__init__()
-        self.layer = layer
         coded = _coded(layer)
         self.column_group, self.row_codebook = coded.column_group, coded.row_codebook
         self.empty = coded.scales == 0
-        self.log_scales = nn.Parameter(coded.scales.clamp_min(1e-30).log())
+        self.log_scales = nn.Parameter(coded.scales.clamp_min(TINY).log())
         self.codebooks = nn.Parameter(coded.codebooks)
         table = coded.tables()
         at = table.gather(1, coded.codes)
-        if dense is not None:
-            low = table.gather(1, (coded.codes - 1).clamp_min(0))
-            high = table.gather(1, (coded.codes + 1).clamp_max(table.shape[1] - 1))
-            wished = torch.where(coded.wide_scales() > 0, dense / coded.wide_scales().clamp_min(1e-30), at)
-            at = torch.minimum(torch.maximum(wished, at + 0.45 * (low - at)), at + 0.45 * (high - at))
+        low = table.gather(1, (coded.codes - 1).clamp_min(0))
+        high = table.gather(1, (coded.codes + 1).clamp_max(table.shape[1] - 1))
+        wished = torch.where(coded.wide_scales() > 0, dense / coded.wide_scales().clamp_min(TINY), at)
+        at = torch.minimum(torch.maximum(wished, at + 0.45 * (low - at)), at + 0.45 * (high - at))
         self.latent = nn.Parameter(at)
 
     def coded(self) -> Coded:
@@ -103,72 +102,117 @@ def tune_block(
 ) -> BlockResult:
     """Tune the packed layers of a block, and its norms and biases, where they stand.
 
-    What does not lower the error on the validation batches is undone.
+    What does not lower the error on the validation sequences is undone.
 
     Args:
-        dense: weights that the layers stand for, (rows, columns), by path; may lack some.
+        dense: weights that the layers stand for, (rows, columns), by path.
         stream: before the block.
         targets: the dense model's outputs of the block.
     """
-    module, model = stream.anatomy.block(block), stream.anatomy.model
-    # A step a sequence: few tokens a step are worth more than few steps.
-    stream, targets = stream.by_sequence(), [row for target in targets for row in target.split(1)]
+    module = stream.anatomy.block(block)
     layers: dict[str, Any] = dict(result.modules)
-    tuned = {path: TunedWeight(layer, dense.get(path)) for path, layer in layers.items()}
-    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    biases = {id(layer.bias) for layer in layers.values() if getattr(layer, "bias", None) is not None}
     prefix = f"{stream.anatomy.block_paths[block]}."
+    tables = {id(getattr(layer, name)) for layer in layers.values() for name in FORMAT_TENSORS}
     beside = {
         prefix + name: parameter
         for name, parameter in module.named_parameters()
-        if parameter.is_floating_point() and (id(parameter) not in inside or id(parameter) in biases)
+        if parameter.is_floating_point() and parameter.dim() < 2 and id(parameter) not in tables
     }
     before = {name: parameter.detach().clone() for name, parameter in beside.items()}
-    own_dtype = model.dtype
-    cut = max(len(stream) - max(len(stream) // VALIDATION, 1), 1)
-    training, validation = range(cut), range(cut, len(stream)) if len(stream) > 1 else range(1)
-    stored = [_coded(layer) for layer in layers.values()]
+    stored = {path: _coded(layer) for path, layer in layers.items()}
+    tuned = {path: TunedWeight(layer, dense[path]) for path, layer in layers.items()}
+    # A step a sequence: few tokens a step are worth more than few steps.
+    task = _Task(module, stream.by_sequence(), block, [row for target in targets for row in target.split(1)])
+    cut = max(len(task.targets) - max(len(task.targets) // VALIDATION, 1), 1)
+    validation = range(cut, len(task.targets)) if len(task.targets) > 1 else range(1)
     with torch.enable_grad(), _in_float32(module), _seeded(config.seed + block):
-        start = _error(module, stream, block, targets, validation)
-        groups = [
-            {"params": [weight.latent for weight in tuned.values()], "lr": LATENT_RATE},
-            {"params": [weight.codebooks for weight in tuned.values()], "lr": BOOK_RATE},
-            {"params": [weight.log_scales for weight in tuned.values()], "lr": RELATIVE_RATE},
-            *(
-                {"params": [parameter], "lr": RELATIVE_RATE * float(parameter.detach().abs().mean())}
-                for parameter in beside.values()
-            ),
-        ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        steps = epochs * len(training)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.02))
-        flags = {parameter: parameter.requires_grad for parameter in beside.values()}
-        for parameter in beside.values():
-            parameter.requires_grad_(True)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(training)).tolist():
-                with _weights(tuned, layers):
-                    loss = _loss(module, stream, block, targets, batch)
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-                schedule.step()
+        start = task.error(validation)
+        with _trained(list(beside.values())):
+            _train(task, tuned, layers, list(beside.values()), epochs, cut)
         for path, layer in layers.items():
             layer.fill(as_stored(tuned[path].coded(), layer.format.integer_scales))
-        end = _error(module, stream, block, targets, validation)
-    kept = end < start
+        kept = task.error(validation) < start
+    if kept:
+        inside = {f"{path}.bias" for path in layers}
+        changed = {name: parameter.detach().clone() for name, parameter in beside.items() if name not in inside}
+        return replace(result, parameters=changed)
     with torch.no_grad():
-        for layer, coded in zip(layers.values(), stored, strict=True):
-            if not kept:
-                layer.fill(coded)
+        for path, layer in layers.items():
+            layer.fill(stored[path])
         for name, parameter in beside.items():
-            parameter.requires_grad_(flags[parameter])
-            if not kept:
-                parameter.copy_(before[name])
-    parameters = {
-        name: parameter.detach().to(own_dtype) for name, parameter in beside.items() if id(parameter) not in biases
-    }
-    return replace(result, parameters=parameters) if kept else result
+            parameter.copy_(before[name])
+    return result
+
+
+def _train(
+    task: _Task,
+    tuned: dict[str, TunedWeight],
+    layers: dict[str, Any],
+    beside: list[nn.Parameter],
+    epochs: int,
+    sequences: int,
+) -> None:
+    """Adam with a falling rate, a sequence a step."""
+    weights = list(tuned.values())
+    groups: list[dict[str, Any]] = [
+        {"params": [weight.latent for weight in weights], "lr": LATENT_RATE},
+        {"params": [weight.codebooks for weight in weights], "lr": BOOK_RATE},
+        {"params": [weight.log_scales for weight in weights], "lr": RELATIVE_RATE},
+    ]
+    for parameter in beside:
+        groups.append({"params": [parameter], "lr": RELATIVE_RATE * float(parameter.detach().abs().mean())})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = epochs * sequences
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.02))
+    for _ in range(epochs):
+        for sequence in torch.randperm(sequences).tolist():
+            with _weights(tuned, layers):
+                optimizer.zero_grad()
+                task.loss(sequence).backward()
+            optimizer.step()
+            schedule.step()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A block, the stream before it and the outputs that it should have, a sequence each."""
+
+    module: nn.Module
+    stream: BlockStream
+    block: int
+    targets: list[Tensor]
+
+    def loss(self, sequence: int) -> Tensor:
+        """Squared error of the block's output, every token's relative to the target's energy there: a few tokens of
+        very large activations would outweigh all others."""
+        with self.stream.text_positions(sequence):
+            output, target = real_tokens(self._run(sequence)), real_tokens(self.targets[sequence].float())
+            energy = target.square().mean(dim=-1)
+            loss: Tensor = ((output - target).square().mean(dim=-1) / energy.clamp_min(TINY)).mean()
+            return loss
+
+    def error(self, sequences: range) -> float:
+        with torch.no_grad():
+            return sum(float(self.loss(sequence)) for sequence in sequences) / len(sequences)
+
+    def _run(self, sequence: int) -> Tensor:
+        arguments = self.stream.arguments(self.block, sequence)
+        hidden, (args, kwargs) = tree_map(_float32, (self.stream.hidden[sequence], arguments))
+        output = self.module(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@contextmanager
+def _trained(parameters: list[nn.Parameter]) -> Iterator[None]:
+    flags = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -214,27 +258,5 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _run(module: nn.Module, stream: BlockStream, block: int, batch: int) -> Tensor:
-    args, kwargs = stream.arguments(block, batch)
-    wide = tree_map(_float32, (stream.hidden[batch], args, kwargs))
-    output = module(wide[0], *wide[1], **wide[2])
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _loss(module: nn.Module, stream: BlockStream, block: int, targets: list[Tensor], batch: int) -> Tensor:
-    """Squared error of the block's output, every token's relative to the target's energy there: a few tokens of very
-    large activations would outweigh all others."""
-    with stream.text_positions(batch):
-        output, target = real_tokens(_run(module, stream, block, batch)), real_tokens(targets[batch].float())
-        energy = target.square().mean(dim=-1)
-        return ((output - target).square().mean(dim=-1) / energy.clamp_min(1e-30)).mean()
-
-
-def _error(module: nn.Module, stream: BlockStream, block: int, targets: list[Tensor], batches: range) -> float:
-    with torch.no_grad():
-        return sum(float(_loss(module, stream, block, targets, batch)) for batch in batches) / len(batches)

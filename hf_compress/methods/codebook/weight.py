@@ -16,8 +16,8 @@ from ...kernels.matrix import CodebookMatrix, check_matrix
 from ...kernels.packing import pack_codes, words_per_row
 from ...kernels.ternary import pack_ternary, ternary_bytes, unpack_ternary
 from ...layout import checked_size
+from .coded import Coded, integer_steps
 from .configuration import BITS, TERNARY
-from .mathematics import Coded, integer_steps
 
 # Tensors of the format that are floats; a cast of the model must not round them again.
 FORMAT_TENSORS = ("codebooks", "scales", "row_scales")
