@@ -50,15 +50,20 @@ class OthersWatch:
         return busy, time.process_time(), time.perf_counter()
 
 
-def random_matrix(rows: int, columns: int, bits: int, group: int) -> CodebookMatrix:
-    group = group if group % 32 == 0 and 0 < group < columns else columns
+def random_matrix(rows: int, columns: int, bits: int, arguments: argparse.Namespace) -> CodebookMatrix:
+    """A matrix with the overhead of CodebookConfig's defaults, or as the arguments say."""
+    group = arguments.group if 0 < arguments.group < columns else columns
+    groups, codebooks = -(-columns // group), -(-rows // arguments.rows_per_codebook)
+    fine = arguments.scales == "uint8"
     return CodebookMatrix(
         torch.randint(-(2**31), 2**31 - 1, (rows, words_per_row(columns, bits)), dtype=torch.int32),
-        torch.randn(1, 1 << bits).half(),
-        torch.rand(rows, -(-columns // group)).half(),
+        torch.randn(codebooks, 1 << bits).half(),
+        torch.randint(0, 256, (rows, groups), dtype=torch.uint8) if fine else torch.rand(rows, groups).half(),
         bits,
         columns,
         group,
+        row_scales=torch.rand(rows).half() if fine else None,
+        row_codebook=torch.randint(0, codebooks, (rows,), dtype=torch.int16) if codebooks > 1 else None,
     )
 
 
@@ -71,8 +76,8 @@ def dense(x: Tensor, rows: int) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.linear(x, weight)
 
 
-def compressed(x: Tensor, rows: int, bits: int, group: int) -> Callable[[], Tensor]:
-    matrix = random_matrix(rows, x.shape[1], bits, group)
+def compressed(x: Tensor, rows: int, bits: int, arguments: argparse.Namespace) -> Callable[[], Tensor]:
+    matrix = random_matrix(rows, x.shape[1], bits, arguments)
     return lambda: codebook_linear(x, matrix)
 
 
@@ -95,7 +100,7 @@ def measure(
         variants[0, name] = copies(lambda x=x: dense(x, rows), rows * columns * x.element_size(), working_set)
         for bits in arguments.bits:
             variants[bits, name] = copies(
-                lambda x=x, bits=bits: compressed(x, rows, bits, arguments.group),
+                lambda x=x, bits=bits: compressed(x, rows, bits, arguments),
                 rows * columns * bits // 8,
                 working_set,
             )
@@ -138,7 +143,9 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 16, 512], help="rows of x")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2, 3], help=f"indices into {SHAPES}")
-    parser.add_argument("--group", type=int, default=64, help="columns that share a scale; 0 is the whole row")
+    parser.add_argument("--group", type=int, default=32, help="columns that share a scale; 0 is the whole row")
+    parser.add_argument("--scales", choices=("uint8", "float16"), default="uint8")
+    parser.add_argument("--rows-per-codebook", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--working-set", type=float, default=96, help="MB of weights that each variant walks through")
     parser.add_argument(
@@ -152,7 +159,10 @@ def main() -> None:
     if arguments.clock == "cpu" and arguments.threads != [1]:
         parser.error("--clock cpu measures one thread: add --threads 1")
     torch.manual_seed(0)
-    print(f"kernel {kernel_name()}, groups of {arguments.group}, load {os.getloadavg()[0]:.1f} at the start\n")
+    print(
+        f"kernel {kernel_name()}, groups of {arguments.group} with {arguments.scales} scales, "
+        f"load {os.getloadavg()[0]:.1f} at the start\n"
+    )
     heads = [f"{bits} bits {name}" for bits in arguments.bits for name in DTYPES]
     print("| out × in | threads | rows of x | dense fp32 | dense bf16 | " + " | ".join(heads) + " | others |")
     print("|---|---|---|---|---|" + "---|" * (len(heads) + 1))

@@ -37,31 +37,48 @@ EXPORT int32_t hfc_configure(int32_t set, void *function) {
     return active != NULL;
 }
 
+/* Gives the calling thread rows from `first` on and returns how many: none at the end or after an error. The shares
+ * shrink: few and large ones keep what a thread fetches ahead its own, small ones at the end keep no thread waiting. */
+static int64_t claim(hfc_job *job, int64_t *first) {
+    int64_t share;
+    *first = __atomic_load_n(&job->next, __ATOMIC_RELAXED);
+    do {
+        const int64_t rest = job->last_row - *first, part = rest / job->threads / HFC_CHUNK * HFC_CHUNK;
+        if (rest <= 0 || __atomic_load_n(&job->status, __ATOMIC_RELAXED)) return 0;
+        share = part ? part : rest < HFC_CHUNK ? rest : HFC_CHUNK;
+    } while (!__atomic_compare_exchange_n(&job->next, first, *first + share, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return share;
+}
+
 static void work(void *data) {
     hfc_job *job = data;
     float *scratch = NULL;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&job->next, HFC_CHUNK, __ATOMIC_RELAXED);
-        if (first >= job->last_row || __atomic_load_n(&job->status, __ATOMIC_RELAXED)) break;
-        if (!scratch) scratch = malloc(hfc_scratch_floats(job) * sizeof(float));
-        const int64_t last = first + HFC_CHUNK < job->last_row ? first + HFC_CHUNK : job->last_row;
-        const int32_t status = !scratch ? HFC_NO_MEMORY
-                               : job->x ? active->linear(job, first, last, scratch)
-                                        : active->dequantize(job, first, last, scratch);
+    for (int64_t first, share; (share = claim(job, &first)) > 0;) {
+        int32_t status = HFC_OK;
+        if (!scratch && !(scratch = malloc(hfc_scratch_floats(job) * sizeof(float)))) status = HFC_NO_MEMORY;
+        for (const int64_t end = first + share; !status && first < end; first += HFC_CHUNK) {
+            const int64_t last = first + HFC_CHUNK < end ? first + HFC_CHUNK : end;
+            status = (job->x ? active->linear : active->dequantize)(job, first, last, scratch);
+        }
         if (status) __atomic_store_n(&job->status, status, __ATOMIC_RELAXED);
     }
     free(scratch);
 }
 
-static int32_t run(hfc_job *job, int32_t threads) {
+static int32_t run(hfc_job *job) {
     const hfc_matrix *matrix = job->matrix;
-    const size_t codes = (size_t)matrix->codebook_count << matrix->bits;
-    float *tables = malloc(codes * sizeof(float));
+    const size_t size = (size_t)1 << matrix->bits, count = (size_t)matrix->codebook_count;
+    /* Converted in the upper part, then spread over the whole. */
+    float *tables = malloc(count * HFC_STEP * sizeof(float)), *dense = tables + count * (HFC_STEP - size);
     if (!tables) return HFC_NO_MEMORY;
-    active->to_float(tables, matrix->codebooks, matrix->codebook_type, codes);
+    active->to_float(dense, matrix->codebooks, matrix->codebook_type, count * size);
+    for (size_t i = 0; i < count && size < HFC_STEP; i++) {
+        memmove(tables + i * HFC_STEP, dense + i * size, size * sizeof(float));
+        memset(tables + i * HFC_STEP + size, 0, (HFC_STEP - size) * sizeof(float));
+    }
     job->tables = tables;
-    if (threads > 1 && parallel) {
-        parallel(work, job, (unsigned)threads, 0);
+    if (job->threads > 1) {
+        parallel(work, job, (unsigned)job->threads, 0);
     } else {
         work(job);
     }
@@ -84,8 +101,8 @@ EXPORT int32_t hfc_linear(const hfc_matrix *matrix, const void *x, const void *b
         }
     }
     hfc_job job = {.matrix = matrix, .x = copy ? copy : x, .stride = (int64_t)stride, .count = count, .bias = bias,
-                   .out = y, .type = type, .last_row = matrix->rows};
-    const int32_t status = run(&job, threads);
+                   .out = y, .type = type, .threads = parallel ? threads : 1, .last_row = matrix->rows};
+    const int32_t status = run(&job);
     free(copy);
     return status;
 }
@@ -93,7 +110,8 @@ EXPORT int32_t hfc_linear(const hfc_matrix *matrix, const void *x, const void *b
 /* out, contiguous = rows `first_row` to `last_row`, columns `first_column` (a multiple of 32) to `last_column` of W. */
 EXPORT int32_t hfc_dequantize(const hfc_matrix *matrix, void *out, int64_t first_row, int64_t last_row,
                               int64_t first_column, int64_t last_column, int32_t type, int32_t threads) {
-    hfc_job job = {.matrix = matrix, .out = out, .type = type, .first_row = first_row, .last_row = last_row,
-                   .first_column = first_column, .last_column = last_column, .next = first_row};
-    return run(&job, threads);
+    hfc_job job = {.matrix = matrix, .out = out, .type = type, .threads = parallel ? threads : 1,
+                   .first_row = first_row, .last_row = last_row, .first_column = first_column,
+                   .last_column = last_column, .next = first_row};
+    return run(&job);
 }

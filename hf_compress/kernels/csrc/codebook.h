@@ -21,7 +21,7 @@
 enum hfc_type { HFC_FLOAT32 = 0, HFC_BFLOAT16 = 1, HFC_FLOAT16 = 2, HFC_UINT8 = 3 };
 enum hfc_status { HFC_OK = 0, HFC_NO_MEMORY = 1, HFC_BAD_CODEBOOK = 2 };
 
-/* A compressed matrix of `rows` rows. Python's _Matrix in library.py has the same fields in the same order. */
+/* A compressed matrix of `rows` rows. Python's Matrix in library.py has the same fields in the same order. */
 typedef struct {
     const uint32_t *codes;    /* (rows, bits * units) */
     const void *codebooks;    /* (codebook_count, 2^bits) of codebook_type */
@@ -32,19 +32,20 @@ typedef struct {
     int32_t bits, codebook_type, scale_type, row_scale_type, index_bytes;
 } hfc_matrix;
 
-/* One call: y = x W^T + bias, or rows of W. Threads claim chunks of rows from `next`. */
+/* One call: y = x W^T + bias, or rows of W. Threads claim rows from `next`. */
 typedef struct {
     const hfc_matrix *matrix;
-    const float *tables; /* the codebooks as floats */
+    const float *tables; /* the codebooks as floats, each in HFC_STEP of them */
     const float *x;      /* (count, stride), zero from `columns` on; NULL to dequantize */
     int64_t stride, count;
     const void *bias; /* (rows,) of `type`, or NULL */
     void *out;        /* (count, rows), or (last_row - first_row, last_column - first_column), of `type` */
-    int32_t type;
+    int32_t type, threads;
     int64_t first_row, last_row;
     int64_t first_column, last_column; /* to dequantize; the first is a multiple of HFC_UNIT */
-    int64_t next;    /* atomic */
-    int32_t status;  /* atomic; the first error */
+    /* What the threads write, in a cache line of its own: all the rest they read all the time. */
+    _Alignas(64) int64_t next; /* atomic */
+    int32_t status;            /* atomic; the first error */
 } hfc_job;
 
 /* What an instruction set offers. Scratch has hfc_scratch_floats() elements. */
@@ -54,7 +55,8 @@ typedef struct {
     int32_t (*dequantize)(const hfc_job *job, int64_t first, int64_t last, float *scratch);
 } hfc_kernels;
 
-#define HFC_CHUNK 32      /* rows that a thread claims at once */
+#define HFC_CHUNK 32      /* rows that a thread prepares at once */
+#define HFC_TABLES (HFC_CHUNK * HFC_STEP)
 #define HFC_CACHED 131072 /* floats of x that are to stay in the second cache */
 #define HFC_AHEAD 1024    /* words beyond the next rows of codes that are fetched ahead of use */
 
@@ -62,9 +64,9 @@ static inline size_t hfc_type_bytes(int32_t type) {
     return type == HFC_FLOAT32 ? 4 : type == HFC_UINT8 ? 1 : 2;
 }
 
-/* Scales of a chunk, results of a chunk, one row scale and one bias a row. */
+/* The tables, the scales and the results of a chunk. */
 static inline size_t hfc_scratch_floats(const hfc_job *job) {
-    return (size_t)HFC_CHUNK * (size_t)(job->matrix->groups + (job->x ? job->count : 0) + 2);
+    return HFC_TABLES + (size_t)HFC_CHUNK * (size_t)(job->matrix->groups + (job->x ? job->count : 0));
 }
 
 /* NULL where the compiler's target or the running processor lacks the instructions. */

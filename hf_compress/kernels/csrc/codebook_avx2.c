@@ -28,6 +28,9 @@ FUNCTION void store(float *to, floats value) {
 FUNCTION floats add(floats a, floats b) {
     return pair(_mm256_add_ps(a.first, b.first), _mm256_add_ps(a.second, b.second));
 }
+FUNCTION floats multiply(floats a, float b) {
+    return pair(_mm256_mul_ps(a.first, _mm256_set1_ps(b)), _mm256_mul_ps(a.second, _mm256_set1_ps(b)));
+}
 FUNCTION floats multiply_add(floats a, floats b, floats c) {
     return pair(_mm256_fmadd_ps(a.first, b.first, c.first), _mm256_fmadd_ps(a.second, b.second, c.second));
 }

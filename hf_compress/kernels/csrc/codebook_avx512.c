@@ -16,6 +16,7 @@ FUNCTION floats zero(void) { return _mm512_setzero_ps(); }
 FUNCTION floats load(const float *from) { return _mm512_loadu_ps(from); }
 FUNCTION void store(float *to, floats value) { _mm512_storeu_ps(to, value); }
 FUNCTION floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
+FUNCTION floats multiply(floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
 FUNCTION floats multiply_add(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 FUNCTION float sum(floats value) { return _mm512_reduce_add_ps(value); }
 

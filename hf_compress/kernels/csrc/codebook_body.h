@@ -5,8 +5,8 @@
  *   floats, table            16 floats; a table of 2^bits floats, ready for look-up
  *   load, store              16 floats, unaligned
  *   load_as, store_as        the same with conversion from or to an hfc_type
- *   zero, add, multiply_add, sum
- *   load_table, make_table   2^bits floats repeated to fill the registers; the table of these times a scale
+ *   zero, add, multiply, multiply_add, sum
+ *   load_table, make_table   2^bits of 16 floats as the look-up needs them; the table of these times a scale
  *   look_up(bits, unit, half, table)
  *
  * A row of y is summed in the same order whatever block it falls into: results depend neither on the number of threads
@@ -48,28 +48,36 @@ static TARGET void to_float(float *to, const void *from, int32_t type, size_t co
     convert_in(to, from, type, count);
 }
 
-/* Row scales of rows [first, last) into scales (rows, groups); `spare` holds a chunk of floats. */
-INLINE void load_scales(const hfc_matrix *matrix, int64_t first, int64_t last, float *scales, float *spare) {
-    const size_t groups = (size_t)matrix->groups, rows = (size_t)(last - first);
-    const size_t skip = (size_t)first * groups * hfc_type_bytes(matrix->scale_type);
-    convert_in(scales, (const char *)matrix->scales + skip, matrix->scale_type, rows * groups);
-    if (matrix->row_scales) {
-        const size_t row_skip = (size_t)first * hfc_type_bytes(matrix->row_scale_type);
-        convert_in(spare, (const char *)matrix->row_scales + row_skip, matrix->row_scale_type, rows);
-        for (size_t row = 0; row < rows; row++)
-            for (size_t group = 0; group < groups; group++) scales[row * groups + group] *= spare[row];
-    }
-}
-
-/* The table of a row, or NULL if the row names a codebook that is not there. */
-INLINE const float *table_of(const hfc_job *job, int64_t row) {
+/* The codebook of a row, or NULL if the row names one that is not there. */
+INLINE const float *codebook_of(const hfc_job *job, int64_t row) {
     const hfc_matrix *matrix = job->matrix;
     int64_t index = 0;
     if (matrix->row_codebook)
         index = matrix->index_bytes == 2 ? ((const int16_t *)matrix->row_codebook)[row]
                                          : ((const int32_t *)matrix->row_codebook)[row];
     if (index < 0 || index >= matrix->codebook_count) return NULL;
-    return job->tables + ((size_t)index << matrix->bits);
+    return job->tables + (size_t)index * HFC_STEP;
+}
+
+/* For the rows of a chunk: their tables, which contain the row scale, and their scales (rows, groups) as floats. */
+INLINE int32_t prepare_rows(const hfc_job *job, int64_t first, int64_t last, const float *tables[HFC_CHUNK],
+                            float *scratch) {
+    const hfc_matrix *matrix = job->matrix;
+    const size_t rows = (size_t)(last - first), groups = (size_t)matrix->groups;
+    const size_t skip = (size_t)first * groups * hfc_type_bytes(matrix->scale_type);
+    float *scaled = scratch, row_scales[HFC_CHUNK];
+    convert_in(scratch + HFC_TABLES, (const char *)matrix->scales + skip, matrix->scale_type, rows * groups);
+    if (matrix->row_scales) {
+        const size_t row_skip = (size_t)first * hfc_type_bytes(matrix->row_scale_type);
+        convert_in(row_scales, (const char *)matrix->row_scales + row_skip, matrix->row_scale_type, rows);
+    }
+    for (size_t r = 0; r < rows; r++, scaled += HFC_STEP) {
+        if (!(tables[r] = codebook_of(job, first + (int64_t)r))) return HFC_BAD_CODEBOOK;
+        if (!matrix->row_scales) continue;
+        store(scaled, multiply(load(tables[r]), row_scales[r]));
+        tables[r] = scaled;
+    }
+    return HFC_OK;
 }
 
 /* out[i * HFC_CHUNK + r] = sum over columns of x[i, c] * W[row + r, c], for `rows` rows of W and `count` of x. */
@@ -158,11 +166,9 @@ INLINE void prefetch_scales(const hfc_matrix *matrix, int64_t row) {
 }
 
 /* results[i * HFC_CHUNK + r] for rows `first` to `last` of W and all rows of x. */
-static TARGET int32_t multiply(const hfc_job *job, int64_t first, int64_t last, const float *scales, float *results) {
+INLINE void multiply_rows(const hfc_job *job, int64_t first, int64_t last, const float *const *tables,
+                          const float *scales, float *results) {
     const int64_t groups = job->matrix->groups, rows = last - first;
-    const float *tables[HFC_CHUNK];
-    for (int64_t r = 0; r < rows; r++)
-        if (!(tables[r] = table_of(job, first + r))) return HFC_BAD_CODEBOOK;
     /* So many rows of x at a time that they stay in the second cache while the rows of W pass. */
     const int64_t most = HFC_CACHED / job->stride / X_BLOCK * X_BLOCK, step = most > X_BLOCK ? most : X_BLOCK;
     for (int64_t from = 0; from < job->count; from += step) {
@@ -179,19 +185,18 @@ static TARGET int32_t multiply(const hfc_job *job, int64_t first, int64_t last, 
             }
         }
     }
-    return HFC_OK;
 }
 
 /* y[:, first:last] for at most HFC_CHUNK rows of W. */
 static TARGET int32_t linear(const hfc_job *job, int64_t first, int64_t last, float *scratch) {
     const hfc_matrix *matrix = job->matrix;
     const size_t rows = (size_t)(last - first), bytes = hfc_type_bytes(job->type);
-    float *scales = scratch + 2 * HFC_CHUNK, *results = scales + HFC_CHUNK * matrix->groups, *bias = NULL;
-    load_scales(matrix, first, last, scales, scratch);
-    const int32_t status = multiply(job, first, last, scales, results);
-    if (status) return status;
+    const float *tables[HFC_CHUNK], *scales = scratch + HFC_TABLES;
+    float *results = scratch + HFC_TABLES + HFC_CHUNK * matrix->groups, *bias = NULL;
+    if (prepare_rows(job, first, last, tables, scratch)) return HFC_BAD_CODEBOOK;
+    multiply_rows(job, first, last, tables, scales, results);
     if (job->bias) {
-        bias = scratch + HFC_CHUNK;
+        bias = scratch; /* the tables have been used */
         convert_in(bias, (const char *)job->bias + (size_t)first * bytes, job->type, rows);
     }
     for (int64_t i = 0; i < job->count; i++) {
@@ -230,38 +235,35 @@ INLINE void unpack_row(const int bits, const int32_t type, const hfc_job *job, c
     }
 }
 
-INLINE int32_t unpack_rows(const int bits, const int32_t type, const hfc_job *job, int64_t first, int64_t last,
-                           const float *scales) {
+INLINE void unpack_rows(const int bits, const int32_t type, const hfc_job *job, int64_t first, int64_t last,
+                        const float *const *tables, const float *scales) {
     const hfc_matrix *matrix = job->matrix;
     const size_t row_bytes = (size_t)(job->last_column - job->first_column) * hfc_type_bytes(type);
-    for (int64_t row = first; row < last; row++) {
-        const float *row_table = table_of(job, row);
-        if (!row_table) return HFC_BAD_CODEBOOK;
-        unpack_row(bits, type, job, matrix->codes + (size_t)(row * matrix->units * bits), row_table,
+    for (int64_t row = first; row < last; row++)
+        unpack_row(bits, type, job, matrix->codes + (size_t)(row * matrix->units * bits), tables[row - first],
                    scales + (row - first) * matrix->groups,
                    (char *)job->out + (size_t)(row - job->first_row) * row_bytes);
-    }
-    return HFC_OK;
 }
 
-INLINE int32_t unpack_rows_as(const int32_t type, const hfc_job *job, int64_t first, int64_t last,
-                              const float *scales) {
+INLINE void unpack_rows_as(const int32_t type, const hfc_job *job, int64_t first, int64_t last,
+                           const float *const *tables, const float *scales) {
     switch (job->matrix->bits) {
-    case 2: return unpack_rows(2, type, job, first, last, scales);
-    case 3: return unpack_rows(3, type, job, first, last, scales);
-    default: return unpack_rows(4, type, job, first, last, scales);
+    case 2: unpack_rows(2, type, job, first, last, tables, scales); break;
+    case 3: unpack_rows(3, type, job, first, last, tables, scales); break;
+    default: unpack_rows(4, type, job, first, last, tables, scales); break;
     }
 }
 
 /* Rows [first, last) of W into `out`, whose first row is `first_row`. */
 static TARGET int32_t dequantize(const hfc_job *job, int64_t first, int64_t last, float *scratch) {
-    float *scales = scratch + 2 * HFC_CHUNK;
-    load_scales(job->matrix, first, last, scales, scratch);
+    const float *tables[HFC_CHUNK], *scales = scratch + HFC_TABLES;
+    if (prepare_rows(job, first, last, tables, scratch)) return HFC_BAD_CODEBOOK;
     switch (job->type) {
-    case HFC_FLOAT32: return unpack_rows_as(HFC_FLOAT32, job, first, last, scales);
-    case HFC_FLOAT16: return unpack_rows_as(HFC_FLOAT16, job, first, last, scales);
-    default: return unpack_rows_as(HFC_BFLOAT16, job, first, last, scales);
+    case HFC_FLOAT32: unpack_rows_as(HFC_FLOAT32, job, first, last, tables, scales); break;
+    case HFC_FLOAT16: unpack_rows_as(HFC_FLOAT16, job, first, last, tables, scales); break;
+    default: unpack_rows_as(HFC_BFLOAT16, job, first, last, tables, scales); break;
     }
+    return HFC_OK;
 }
 
 static const hfc_kernels kernels = {to_float, linear, dequantize};

@@ -26,6 +26,7 @@ FUNCTION void store(float *to, floats value) {
     for (int k = 0; k < 4; k++) vst1q_f32(to + 4 * k, value.val[k]);
 }
 FUNCTION floats add(floats a, floats b) { EACH(vaddq_f32(a.val[k], b.val[k])); }
+FUNCTION floats multiply(floats a, float b) { EACH(vmulq_n_f32(a.val[k], b)); }
 FUNCTION floats multiply_add(floats a, floats b, floats c) { EACH(vfmaq_f32(c.val[k], a.val[k], b.val[k])); }
 FUNCTION float sum(floats value) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(value.val[0], value.val[1]), vaddq_f32(value.val[2], value.val[3])));
@@ -38,9 +39,8 @@ FUNCTION floats load_as(int32_t type, const void *from) {
     if (type == HFC_BFLOAT16) EACH(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(half + 4 * k), 16)));
     const uint8x16_t bytes = vld1q_u8(from);
     const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
-    const floats value = {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
-                           vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
-    return value;
+    const uint16x4_t parts[4] = {vget_low_u16(low), vget_high_u16(low), vget_low_u16(high), vget_high_u16(high)};
+    EACH(vcvtq_f32_u32(vmovl_u16(parts[k])));
 }
 
 /* To nearest, ties to even; a NaN stays one. */
@@ -64,7 +64,9 @@ FUNCTION void store_as(int32_t type, void *to, floats value) {
     }
 }
 
-FUNCTION floats load_table(int bits, const float *from) { EACH(vld1q_f32(from + 4 * (bits == 2 ? 0 : bits == 3 ? k & 1 : k))); }
+FUNCTION floats load_table(int bits, const float *from) {
+    EACH(vld1q_f32(from + 4 * (bits == 2 ? 0 : bits == 3 ? k & 1 : k)));
+}
 
 FUNCTION table make_table(int bits, floats base, float scale) {
     (void)bits;
@@ -100,12 +102,13 @@ FUNCTION floats look_up(int bits, const uint32_t *unit, int half, table values) 
     const uint8x16_t codes = codes_of(bits, unit, half);
     const uint8x16_t byte0 = vqtbl1q_u8(values.val[0], codes), byte1 = vqtbl1q_u8(values.val[1], codes);
     const uint8x16_t byte2 = vqtbl1q_u8(values.val[2], codes), byte3 = vqtbl1q_u8(values.val[3], codes);
-    const uint16x8x2_t low = {{vreinterpretq_u16_u8(vzip1q_u8(byte0, byte1)), vreinterpretq_u16_u8(vzip2q_u8(byte0, byte1))}};
-    const uint16x8x2_t high = {{vreinterpretq_u16_u8(vzip1q_u8(byte2, byte3)), vreinterpretq_u16_u8(vzip2q_u8(byte2, byte3))}};
-    const floats value = {{vreinterpretq_f32_u16(vzip1q_u16(low.val[0], high.val[0])),
-                           vreinterpretq_f32_u16(vzip2q_u16(low.val[0], high.val[0])),
-                           vreinterpretq_f32_u16(vzip1q_u16(low.val[1], high.val[1])),
-                           vreinterpretq_f32_u16(vzip2q_u16(low.val[1], high.val[1]))}};
+    const uint16x8_t low0 = vreinterpretq_u16_u8(vzip1q_u8(byte0, byte1));
+    const uint16x8_t low1 = vreinterpretq_u16_u8(vzip2q_u8(byte0, byte1));
+    const uint16x8_t high0 = vreinterpretq_u16_u8(vzip1q_u8(byte2, byte3));
+    const uint16x8_t high1 = vreinterpretq_u16_u8(vzip2q_u8(byte2, byte3));
+    const floats value = {
+        {vreinterpretq_f32_u16(vzip1q_u16(low0, high0)), vreinterpretq_f32_u16(vzip2q_u16(low0, high0)),
+         vreinterpretq_f32_u16(vzip1q_u16(low1, high1)), vreinterpretq_f32_u16(vzip2q_u16(low1, high1))}};
     return value;
 }
 

@@ -22,6 +22,7 @@ FUNCTION floats zero(void) { EACH(0.0f); }
 FUNCTION floats load(const float *from) { EACH(from[k]); }
 FUNCTION void store(float *to, floats value) { memcpy(to, value.at, sizeof value.at); }
 FUNCTION floats add(floats a, floats b) { EACH(a.at[k] + b.at[k]); }
+FUNCTION floats multiply(floats a, float b) { EACH(a.at[k] * b); }
 FUNCTION floats multiply_add(floats a, floats b, floats c) { EACH(a.at[k] * b.at[k] + c.at[k]); }
 FUNCTION float sum(floats value) {
     for (int width = HFC_STEP / 2; width; width /= 2)
