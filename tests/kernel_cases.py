@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_compress.kernels import CodebookMatrix, pack_codes
+from hf_compress.kernels import CodebookMatrix, library, pack_codes
 
 ROWS = 45
 # What a result may differ by, of the sum of the absolute terms and of the result.
@@ -61,6 +61,20 @@ def reference(compressed: CodebookMatrix, codes: Tensor) -> Tensor:
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def as_multiplied(case: Case, x: Tensor) -> Tensor:
+    """W as the product with x sees it: rounded where a GEMM in bfloat16 does the work instead of the kernel."""
+    loaded = library.active_library()
+    few = loaded is not None and x.numel() // x.shape[-1] <= loaded.most_rows.get(x.dtype, {}).get(case.matrix.bits, 0)
+    return case.weight if few else rounded(case.weight, x.dtype)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W as a GEMM on tensors of `dtype` sees it."""
+    if dtype == torch.bfloat16 and library.multiplies_bfloat16():
+        return weight.float().to(dtype).double()
+    return weight
 
 
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

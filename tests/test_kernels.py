@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import gc
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import ROWS, assert_product, make_case, random, reference
+from kernel_cases import ROWS, as_multiplied, assert_product, make_case, random, reference
+from torch import Tensor
 
 from hf_compress.errors import CompressionError, ConfigurationError
 from hf_compress.kernels import (
@@ -27,6 +29,8 @@ from hf_compress.kernels import (
     library,
     matrix,
     pack_codes,
+    products,
+    tiles,
     unpack_codes,
     use_kernel,
     words_per_row,
@@ -56,7 +60,7 @@ def test_product_equals_the_reference(kernel: str, bits: int, columns: int) -> N
                 bias = random(ROWS, dtype=dtype) if group == 32 else None
                 for count in COUNTS:
                     x = random(count, columns, dtype=dtype, seed=count)
-                    assert_product(codebook_linear(x, case.matrix, bias), x, case.weight, bias)
+                    assert_product(codebook_linear(x, case.matrix, bias), x, as_multiplied(case, x), bias)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -70,10 +74,21 @@ def test_written_out_rows_are_exact(kernel: str, bits: int) -> None:
                 assert torch.equal(dequantize(case.matrix, dtype, 7, 12), expected[7:12])
 
 
-def test_wide_matrix_is_divided_by_columns(kernel: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_matrix_goes_through_tiles(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By columns too, except where partial sums would be rounded."""
+    monkeypatch.setattr(tiles, "_TILE", 1 << 19)
     case = make_case(columns=9001, rows=70, group=96)
-    x = random(100, 9001)
-    assert_product(codebook_linear(x, case.matrix, random(70)), x, case.weight, random(70))
+    x, bias = random(100, 9001, dtype=dtype), random(70, dtype=dtype)
+    assert_product(codebook_linear(x, case.matrix, bias), x, as_multiplied(case, x), bias)
+
+
+def test_bfloat16_is_multiplied_as_this_processor_can(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, x = make_case(), random(64, 100, dtype=torch.bfloat16)
+    for native in (False, True):
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda native=native: native)
+        weight = case.weight.bfloat16().double() if native else case.weight
+        assert_product(products._tiled_linear(x, case.matrix, None), x, weight)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -322,17 +337,35 @@ def test_missing_kernel_warns_once_and_works(fresh: pytest.MonkeyPatch) -> None:
         use_kernel("avx2")
 
 
-@pytest.mark.parametrize("broken", ["no library", "another version"])
-def test_broken_kernel_warns_and_works(fresh: pytest.MonkeyPatch, tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize("broken", ["no library", "another architecture", "another library", "another version"])
+def test_broken_kernel_warns_once_and_works(fresh: pytest.MonkeyPatch, tmp_path: Path, broken: str) -> None:
+    path, expected = library._path(), "cannot be used"
     if broken == "no library":
         (tmp_path / "_codebook.so").write_text("not for this machine")
-        fresh.setattr(library, "_path", lambda: tmp_path / "_codebook.so")
-    else:
-        if library._path() is None:
-            pytest.skip("without the compiled kernel")
+        path = tmp_path / "_codebook.so"
+    elif broken == "another library":
+        path = Path(_ctypes.__file__)
+    elif path is None:
+        pytest.skip("without the compiled kernel")
+    elif broken == "another version":
         fresh.setattr(library, "VERSION", -1)
-    with pytest.warns(RuntimeWarning, match=r"cannot be used|expected -1"):
-        assert dequantize(make_case().matrix).shape == (ROWS, 100)
+        expected = "expected -1"
+    else:
+        content = bytearray(path.read_bytes())
+        if not content.startswith(b"\x7fELF"):
+            pytest.skip("not an ELF library")
+        content[18:20] = b"\x16\x00"  # e_machine: IBM S/390
+        path = tmp_path / path.name
+        path.write_bytes(content)
+    fresh.setattr(library, "_path", lambda: path)
+    case, x = make_case(), random(2, 100)
+    with pytest.warns(RuntimeWarning, match=expected):
+        y = codebook_linear(x, case.matrix)
+    assert_product(y, x, case.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(codebook_linear(x, case.matrix), y)
+    assert kernel_name() == "torch"
 
 
 def test_environment_chooses_the_kernel(fresh: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,12 +30,21 @@ _MOST_ROWS = {
     "neon": {2: 16, 3: 16, 4: 16},
     "scalar": {2: 2, 3: 2, 4: 2},
 }
+# The same for a GEMM in bfloat16, on the CPUs with instructions for it: all of them have AVX-512.
+_MOST_ROWS_BFLOAT16 = {2: 18, 3: 10, 4: 18}
 # hfc_type of csrc/codebook.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _STATUS = {
     1: "there is not enough memory for the kernel's working space.",
     2: "`row_codebook` names a codebook that is not there: the tensors are damaged. Load or compress the model again.",
 }
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch's GEMM has instructions for bfloat16 on this CPU: without them it is slower than float32."""
+    found = getattr(torch.cpu, "get_capabilities", None)  # Older torch lacks it.
+    return found is not None and torch.backends.mkldnn.is_available() and bool(found().get("avx512_bf16"))
 
 
 class Matrix(ctypes.Structure):
@@ -67,7 +77,9 @@ class Library:
         self._parallel = _parallel_function()
 
     def select(self, name: str) -> None:
-        self.most_rows = _MOST_ROWS[name]
+        self.most_rows = dict.fromkeys(TYPES, _MOST_ROWS[name])
+        if name == "avx512" and multiplies_bfloat16():
+            self.most_rows[torch.bfloat16] = _MOST_ROWS_BFLOAT16
         self._configure(_INSTRUCTION_SETS[name], self._parallel)
 
 

@@ -2,7 +2,7 @@
 
 On a CPU the compiled kernel multiplies with the packed codes. Many rows of x, other devices, float64 and machines
 without the kernel go through tiles of W and the library's GEMM. CPUs sum in float32 on each of these ways, so the
-results agree within rounding.
+results agree within rounding; a GEMM in bfloat16 rounds W too, as a dense bfloat16 model does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .library import TYPES, active_library, check_status
+from .library import TYPES, active_library, check_status, multiplies_bfloat16
 from .matrix import CodebookMatrix, check_structure, prepare
 from .tiles import factors, row_bounds, threads_for, tiles, write
 
@@ -29,7 +29,7 @@ def linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, bias: Ten
         if (
             library is not None
             and rows
-            and 0 < count <= library.most_rows.get(matrix.bits, 0)
+            and 0 < count <= library.most_rows[x.dtype].get(matrix.bits, 0)
             and matrix.packed.is_cpu
         ):
             if bias is not None:
@@ -63,7 +63,7 @@ def _tiled_linear(x: Tensor, matrix: CodebookMatrix, bias: Tensor | None) -> Ten
         return y
     flat_x, flat_y = x.reshape(-1, matrix.columns).to(dtype), y.view(-1, matrix.rows)
     part = flat_y
-    for rows, columns, tile in tiles(matrix, dtype, narrow=x.is_cpu):
+    for rows, columns, tile in tiles(matrix, dtype, narrow=x.is_cpu and dtype != torch.bfloat16):
         first = columns.start == 0
         if first:
             part = flat_y[:, rows] if y.dtype == dtype else flat_x.new_empty((len(flat_x), len(tile)))
@@ -160,5 +160,7 @@ def _fitting_bias(bias: Tensor, rows: int, x: Tensor) -> Tensor:
 
 
 def _computing(x: Tensor) -> torch.dtype:
-    """The dtype of the GEMM. Few CPUs multiply half precision in hardware, and float32 is exact besides."""
-    return torch.float32 if x.is_cpu and x.dtype != torch.float64 else x.dtype
+    """The dtype of the GEMM: float32 on a CPU that does not multiply x's dtype in hardware."""
+    if x.is_cpu and x.dtype != torch.float64 and not (x.dtype == torch.bfloat16 and multiplies_bfloat16()):
+        return torch.float32
+    return x.dtype

@@ -12,8 +12,8 @@ from .library import TYPES, active_library, check_status
 from .matrix import CodebookMatrix, check_structure, prepare
 from .packing import UNIT, unpack_codes
 
-# Weights in one tile: 16 MB in float32, with which a GEMM reaches its full speed.
-TILE = 1 << 22
+# Bytes of one tile, with which a GEMM reaches its full speed.
+_TILE = 1 << 24
 # The same for torch operations, which need 8 bytes for each code besides.
 _GATHERED = 1 << 20
 # Columns up to which a tile is as wide as the matrix: wider and with few rows it would slow the GEMM down.
@@ -71,12 +71,13 @@ def tiles(
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "rows columns"]]]:
     """All of W in tiles: rows, columns, and their weights, which the next tile overwrites.
 
-    With `narrow` wide matrices are divided by columns too; all tiles of the same rows follow each other.
+    With `narrow` wide matrices are divided by columns too; all tiles of the same rows follow each other. Sums over
+    several tiles are to be kept in float32 at least.
     """
     parts = -(-matrix.columns // _WIDTH) if narrow else 1
     width = -(-matrix.columns // parts // UNIT) * UNIT
     buffer = None
-    for row, last_row in row_bounds(matrix, 0, matrix.rows, width, TILE):
+    for row, last_row in row_bounds(matrix, 0, matrix.rows, width, _TILE // dtype.itemsize):
         for column in range(0, matrix.columns, width):
             last_column = min(column + width, matrix.columns)
             size = (last_row - row) * (last_column - column)
