@@ -1,14 +1,14 @@
 """Learned codebooks beside the quantizers that a user could install instead, on the same matrices, in one run.
 
     python tests/benchmarks/codebook_peers.py --task smollm minilm vit speed \
-        --method dense ours rtn bnb hqq quanto torchao --bits 4 3 2 \
+        --method dense ours rtn bnb hqq quanto torchao gptq --bits 4 3 2 \
         --model SMOLLM2 --calibration valid.txt --evaluation test.txt \
         --minilm-model MINILM --stsb STSB --vit-model DINOV2 --cifar10 CIFAR10
 
-The peers come from PyPI (`pip install bitsandbytes hqq optimum-quanto torchao pillow`); one that is not installed or
-fails is skipped with a line that says why. Only the linears of the blocks are quantized; embedding and head stay as
-they are. Prints one JSON line a run and tables in Markdown at the end: the scores of the task, bits a quantized weight
-with everything counted, wall seconds of the quantization.
+The peers come from PyPI (`pip install bitsandbytes hqq optimum-quanto torchao gptqmodel pillow`); one that is not
+installed or fails is skipped with a line that says why. Only the linears of the blocks are quantized; embedding and
+head stay as they are. Prints one JSON line a run and tables in Markdown at the end: the scores of the task, bits a
+quantized weight with everything counted, wall seconds of the quantization.
 
 - smollm: perplexity of a causal language model on the first 6×2048 tokens of the texts, context 2048.
 - minilm: Spearman's correlation on the test pairs of STS-B (`stsb-en-{train,test}.csv` in the folder).

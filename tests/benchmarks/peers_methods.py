@@ -7,6 +7,10 @@ make a peer look larger.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +162,34 @@ def torchao(model: Any, paths: list[str], bits: int, inputs: Inputs) -> float:
     return stored
 
 
+def gptq(model: Any, paths: list[str], bits: int, inputs: Inputs) -> float:
+    """GPTQ by GPTQModel, calibrated on the same rows; packed codes, fp16 scales, packed zero points.
+
+    It loads the model itself and is only fit to run once saved and loaded again; its layers then replace those of
+    `model`. `g_idx` is not counted: without act-order it follows from the group size.
+    """
+    # Its pool of threads refuses to start with one worker, which is what it takes on two cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    if inputs.source is None or inputs.source.kind != "tokens":
+        raise NotImplementedError("GPTQModel is run here for language models only")
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in inputs.source.dataset]
+    config = QuantizeConfig(bits=bits, group_size=GROUP, desc_act=False)
+    # Its tables of progress would stand among our lines.
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        quantized = GPTQModel.load(model.name_or_path, config, device="cpu")
+        quantized.quantize(rows, batch_size=1)
+        quantized.save(folder)
+        quantized = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH)
+    stored = 0
+    for path in paths:
+        layer = quantized.model.get_submodule(path)
+        stored += _bits([layer.qweight, layer.qzeros, layer.scales])
+        model.set_submodule(path, layer)
+    return stored
+
+
 def _bits(tensors: Iterable[Tensor]) -> int:
     return 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -182,4 +214,5 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "hqq": (Method(f"HQQ, group {GROUP}", (4, 3, 2), hqq),),
     "quanto": (Method("optimum-quanto", (4, 2), quanto),),
     "torchao": (Method(f"torchao intx, group {GROUP}", (4, 3, 2), torchao),),
+    "gptq": (Method(f"GPTQModel, group {GROUP}", (4, 3, 2), gptq),),
 }
