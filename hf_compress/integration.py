@@ -313,6 +313,7 @@ def _check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
 def _init_peft_model(
     original: Callable[..., Any], peft_model: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any
 ) -> None:
+    _refuse_on_codes(model, peft_config)
     # An adapter that was trained before and is loaded here has a name of its base already.
     if not peft_config.base_model_name_or_path:
         _warn_if_unsaved(model)
@@ -320,8 +321,40 @@ def _init_peft_model(
 
 
 def _add_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    config = args[0] if args else kwargs.get("adapter_config")
+    _refuse_on_codes(model, config)
     _warn_if_unsaved(model)
     return original(model, *args, **kwargs)
+
+
+def _refuse_on_codes(model: Any, config: Any) -> None:
+    """What PEFT would do to dense weights and cannot do to codes, before it fails or trains nothing."""
+    if not isinstance(model, PreTrainedModel) or config is None:
+        return
+    packed = [path for path, module in model.named_modules() if getattr(module, "packs_weight", False)]
+    if not packed:
+        return
+    coded_table = any(hasattr(model.get_submodule(path), "num_embeddings") for path in packed)
+    heads = [path for path in packed if hasattr(model.get_submodule(path), "source_path")]
+
+    def names(field: str, paths: list[str]) -> bool:
+        wanted = getattr(config, field, None)
+        wanted = [wanted] if isinstance(wanted, str) else wanted or []
+        return any(f".{path}".endswith(f".{name}") for path in paths for name in wanted)
+
+    reasons = {
+        "use_dora": bool(getattr(config, "use_dora", False)),
+        "modules_to_save": names("modules_to_save", packed),
+        "target_modules": names("target_modules", heads),
+        "trainable_token_indices": coded_table and getattr(config, "trainable_token_indices", None) is not None,
+        "peft_type": coded_table and bool(getattr(config, "is_prompt_learning", False)),
+    }
+    field = next((name for name, refused in reasons.items() if refused), None)
+    if field is not None:
+        raise CompressionError(
+            f"`{field}` of {type(config).__name__} needs dense weights where this model keeps codes (for example "
+            f"{packed[0]!r}). Leave them out of the adapter, or call dequantize() first."
+        )
 
 
 def _warn_if_unsaved(model: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from .errors import CheckpointError
@@ -94,9 +95,16 @@ def _tie_heads(model: Any) -> None:
         head, table = target.removesuffix(".weight"), source.removesuffix(".weight")
         if not (_has(model, head) and _has(model, table)):
             continue
-        tie = getattr(model.get_submodule(table), "tied_head", None)
-        if tie is not None and type(model.get_submodule(head)) not in _MODULE_TYPES.values():
-            model.set_submodule(head, tie(model.get_submodule(head), table))
+        tie, old = getattr(model.get_submodule(table), "tied_head", None), model.get_submodule(head)
+        if tie is not None and type(old) not in _MODULE_TYPES.values():
+            model.set_submodule(head, tie(old, table))
+        elif hasattr(old, "source_path"):
+            continue
+        elif tie is not None or type(old) in _MODULE_TYPES.values():
+            raise CheckpointError(
+                f"the config ties {head!r} to {table!r}, and the layout has codes of its own for {head!r}. "
+                "The config and the layout belong to different models."
+            )
 
 
 def connect(model: nn.Module) -> None:
@@ -111,6 +119,8 @@ def connect(model: nn.Module) -> None:
         source = getattr(module, "source_path", None)
         if type(module) not in _MODULE_TYPES.values() or source is None:
             continue
+        if not _has(model, source) and not _has(model, f"{getattr(model, 'base_model_prefix', '')}.{source}"):
+            raise CheckpointError(f"{path!r} is tied to {source!r}, which {type(model).__name__} does not have.")
         try:
             module.connect(model.get_submodule(_path_in(model, source)))
         except ValueError as error:
@@ -174,6 +184,33 @@ def _check_entry(entry: Any) -> None:
         )
 
 
+def check_names(model: nn.Module, layout: Any, files: Any) -> None:
+    """Before loading: every tensor of a replaced module is in the checkpoint. Transformers would fill in whatever the
+    memory holds.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    if not isinstance(files, (list, tuple)) or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    for entry in layout:
+        try:
+            module = model.get_submodule(_path_in(model, entry["path"]))
+        except CheckpointError:
+            continue  # of a head that this class of model does not have
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in module.state_dict():
+            if f"{entry['path']}.{name}" not in names and f"{entry['path']}.{name}" not in tied:
+                raise CheckpointError(
+                    f"the checkpoint lacks the tensor '{entry['path']}.{name}': it is damaged. Download or compress "
+                    "again."
+                )
+
+
 def check_tensors(model: nn.Module) -> None:
     """Let the modules look at loaded tensors whose values matter, such as indices. Raises `CheckpointError`."""
     for path, module in model.named_modules():
@@ -182,7 +219,8 @@ def check_tensors(model: nn.Module) -> None:
             try:
                 check()
             except ValueError as error:
-                raise CheckpointError(f"tensors of {path!r}: {error}. The checkpoint is damaged.") from error
+                detail = str(error).removesuffix(".")
+                raise CheckpointError(f"tensors of {path!r}: {detail}. The checkpoint is damaged.") from error
 
 
 def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:

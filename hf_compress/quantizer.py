@@ -17,7 +17,7 @@ from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import current_load_arguments
-from .layout import FORMAT_VERSION, check_tensors, disconnect, layout_of, replay
+from .layout import FORMAT_VERSION, check_names, check_tensors, disconnect, layout_of, replay
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -81,6 +81,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             replay(model, self.quantization_config.layout)
+            check_names(model, self.quantization_config.layout, kwargs.get("checkpoint_files"))
             if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
                 # Tables that are trained stay in float32, whatever the model's dtype.
                 model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
@@ -144,8 +145,12 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                 states[path] = model.get_submodule(path).dequantize(skeleton.get_submodule(path))
             except NotImplementedError as error:
                 raise CompressionError(f"{path}: {error}") from error
-        # Transformers writes the config's dtype as a string when it saves.
+        # Transformers writes the config's dtype as a string when it saves, and hands it in where none is asked for:
+        # then the model stays in the dtype that it has now.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        configured = model.config.dtype
+        if dtype == (getattr(torch, configured) if isinstance(configured, str) else configured):
+            dtype = None
         for path, state in states.items():
             module, dense = model.get_submodule(path), skeleton.get_submodule(path)
             # Packed tensors have formats of their own: then the model's dtype is the one they were made from.
@@ -153,10 +158,13 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             own = model.dtype if getattr(module, "packs_weight", False) else own
             dense.to(own).to_empty(device=state["weight"].device if "weight" in state else model.device)
             dense.load_state_dict(state)
+            restore = getattr(module, "restore_buffers", None)
+            if restore is not None:
+                restore(dense)
             _record_outputs(model, dense, getattr(module, "recorded_outputs", ()))
-            model.set_submodule(path, dense.to(dtype or own).train(module.training))
+            model.set_submodule(path, dense.train(module.training))
         disconnect(model)
-        return model
+        return model if dtype is None else model.to(dtype)
 
 
 def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[str, ...]) -> None:

@@ -197,7 +197,6 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--bits", "5"), "2, 3 or 4"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "3"), "--dataset"),
         (("plan", "MODEL", "--method", "codebook", "--bits", "auto"), "belong together"),
-        (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "2", "--dataset", "TEXT", "--block-epochs", "some"), "--block-epochs"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--reduction", "0.2"), "reduction"),
         (("plan", "./nowhere", "--reduction", "0.2"), "no folder './nowhere'"),
         (("eval", "MODEL"), "--text"),

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import calibration, make_model, token_ids
+from conftest import calibration, make_model, recipe, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_compress
-from hf_compress import CodebookConfig
+from hf_compress import CodebookConfig, CompressionConfig
 from hf_compress.methods.codebook import CodebookLinear
 from hf_compress.methods.codebook.weight import CodebookFormat
 
@@ -192,6 +192,60 @@ def test_scales_that_are_not_finite_are_refused(saved: Path) -> None:
     tampered(saved, "row_scales", lambda t: torch.full_like(t, torch.nan))
     with pytest.raises(hf_compress.CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["weight", "codebooks", "scales", "row_scales", "row_codebook"])
+def test_a_missing_tensor_is_refused(saved: Path, name: str) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.up_proj.{name}"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(hf_compress.CheckpointError, match=rf"lacks the tensor.*up_proj\.{name}"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("learning", ["none", "feedback", "joint", "latent"])
+def test_zero_and_constant_rows_are_exact(learning: str) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight[3], weight[5], weight[7] = 0, 0.7, -0.01
+        model.model.layers[2].self_attn.v_proj.weight.zero_()  # so that the inputs of o_proj are zero
+    source = None if learning == "none" else calibration()
+    hf_compress.compress(model, CodebookConfig(bits=3, learning=learning, calibration=source))
+    matrix = model.model.layers[1].mlp.up_proj.matrix()
+    assert not matrix[3].any()
+    torch.testing.assert_close(matrix[5], torch.full_like(matrix[5], 0.7), rtol=2e-3, atol=0)
+    torch.testing.assert_close(matrix[7], torch.full_like(matrix[7], -0.01), rtol=2e-3, atol=0)
+    assert not model.model.layers[2].self_attn.v_proj.matrix().any()
+
+
+@pytest.mark.parametrize("integer_scales", [True, False])
+def test_large_weights_fit_or_are_refused(integer_scales: bool) -> None:
+    def run(size: float) -> torch.Tensor:
+        model = make_model("llama")
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = size
+        recipe = CodebookConfig(bits=3, learning="none", integer_scales=integer_scales)
+        matrix: torch.Tensor = hf_compress.compress(model, recipe).model.layers[1].mlp.up_proj.matrix()
+        return matrix
+
+    assert run(1e6).isfinite().all()
+    with pytest.raises(hf_compress.NumericalError, match=r"up_proj.*too large"):
+        run(1e20)
+
+
+def test_dequantize_follows_casts() -> None:
+    model = coded(bits={"mlp": 2}).half()
+    model.dequantize()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    model = coded(bits={"mlp": 2})
+    model.dequantize(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_stages_on_top_of_each_other_are_refused() -> None:
+    stages = [recipe(), CodebookConfig(bits=3, calibration=calibration())]
+    with pytest.raises(hf_compress.ConfigurationError, match="not supported yet"):
+        hf_compress.compress(make_model("llama"), CompressionConfig(stages=stages))
 
 
 def test_truncated_codes_are_refused(saved: Path) -> None:

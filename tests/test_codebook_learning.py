@@ -12,7 +12,17 @@ import pytest
 import torch
 from conftest import calibration, make_model, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, PreTrainedModel, ResNetConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    BertConfig,
+    GPT2Config,
+    PreTrainedModel,
+    ResNetConfig,
+)
 
 import hf_compress
 from hf_compress import CalibrationConfig, CodebookConfig
@@ -118,7 +128,7 @@ def test_automatic_bits_keep_their_average_and_beat_an_even_spread() -> None:
     def run(**fields: Any) -> PreTrainedModel:
         model = make_model("llama")
         model.load_state_dict(state)
-        return hf_compress.compress(model, CodebookConfig(calibration=calibration(), block_epochs=0, **fields))
+        return hf_compress.compress(model, CodebookConfig(calibration=calibration(), **fields))
 
     dense = logits(model)
     mixed, even = run(bits="auto", average_bits=3), run(bits=3)
@@ -126,6 +136,15 @@ def test_automatic_bits_keep_their_average_and_beat_an_even_spread() -> None:
     assert {row.size_after for row in mixed.compression_report.modules} == {2, 3, 4}
     errors = [float((logits(one) - dense).square().mean()) for one in (mixed, even)]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_automatic_bits_on_heads_of_other_kinds() -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64)
+    for kind in (AutoModelForTokenClassification, AutoModelForMaskedLM, AutoModelForQuestionAnswering):
+        model = kind.from_config(config).eval()
+        hf_compress.compress(model, CodebookConfig(bits="auto", average_bits=2.5, calibration=calibration()))
+        assert model.compression_report.notes["average_bits"] <= 2.5
 
 
 def test_tuning_lowers_the_error_of_a_block() -> None:
@@ -203,7 +222,7 @@ def test_ternary_codes() -> None:
 
 
 def test_three_codes_take_1_6_bits(tmp_path: Path) -> None:
-    model = coded(bits=1.58, block_epochs=0, column_group=None, rows_per_codebook=64)
+    model = coded(bits=1.58, column_group=None, rows_per_codebook=64)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.matrix().unique().numel() <= 3 * layer.out_features
     report = model.compression_report
@@ -287,7 +306,7 @@ def test_convolutions(layer_type: str, tmp_path: Path) -> None:
         ({"bits": "auto"}, "belong together"),
         ({"bits": 3, "average_bits": 3}, "belong together"),
         ({"bits": "auto", "average_bits": 5}, "average_bits"),
-        ({"bits": 2, "block_epochs": -1}, "0 or more"),
+        ({"bits": 2, "block_epochs": -1}, "block_epochs"),
         ({"bits": 2, "block_epochs": 2, "learning": "none"}, "needs data"),
         ({"bits": 2, "block_epochs": 2, "order": "dense"}, "sequential"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,60 @@ def test_wishes_that_cannot_be_met() -> None:
     model.model.embed_tokens = torch.nn.Embedding(96, 48, max_norm=1.0)
     with pytest.raises(hf_compress.ConfigurationError, match="more than look vectors up"):
         compressed(model, {"embedding": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_that_need_dense_weights_are_refused(options: dict[str, Any], field: str) -> None:
+    model = compressed(tied_llama(), {"mlp": 2, "query_key": 3, "embedding": 4})
+    with pytest.raises(hf_compress.CompressionError, match=f"`{field}`.*keeps codes"):
+        peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+def test_prompt_tuning_on_a_coded_table_is_refused() -> None:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(hf_compress.CompressionError, match="`peft_type`"):
+        peft.get_peft_model(compressed(tied_llama()), config)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_dequantize_restores_a_scaled_table(family: str) -> None:
+    model = compressed(make_model(family), {"embedding": 4}, rows_per_codebook=8)
+    before = logits(model)
+    model.dequantize()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_that_ties_what_has_codes_of_its_own(tmp_path: Path) -> None:
+    compressed(untied_llama(), {"embedding": 4, "head": 4}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(hf_compress.CheckpointError, match="codes of its own"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_tied_to_what_is_not_there(tmp_path: Path) -> None:
+    compressed(tied_llama()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = next(e for e in config["quantization_config"]["layout"] if e["path"] == "lm_head")
+    entry["spec"]["source"] = "model.nope"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(hf_compress.CheckpointError, match="is tied to 'model.nope'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_offloaded_to_disk(trainable: bool, tmp_path: Path) -> None:
+    model = compressed(untied_llama(), {"mlp": 1.58, "embedding": 4}, trainable_codebooks=trainable)
+    model.save_pretrained(tmp_path / "coded")
+    for buffers in (False, True):
+        options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off", "offload_buffers": buffers}
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "coded", **options)
+        assert torch.equal(logits(again), logits(model))

@@ -15,7 +15,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from accelerate import PartialState
-from conftest import ALL_KINDS, make_model, recipe, token_ids
+from conftest import ALL_KINDS, calibration, make_model, recipe, token_ids
 import hf_compress
 from hf_compress.engine import compress as engine
 
@@ -33,8 +33,15 @@ if mode == "nan" and state.is_main_process:
     # A failure that only the main process meets, in the middle of its work.
     engine.walk = lambda *arguments: (_ for _ in ()).throw(hf_compress.NumericalError("model.layers.2: broken"))
 try:
-    fields = {{"portable": True}} if mode == "portable" else {{"kinds": ALL_KINDS}}
-    hf_compress.compress(model, recipe(**fields))
+    if mode == "codebook":  # with norms that are tuned, indices in 16 bits, and three codes with a copy of their own
+        bits = {{"mlp": 1.58, "query_key": 2, "embedding": 4}}
+        options = hf_compress.CodebookConfig(
+            bits=bits, rows_per_codebook=8, block_epochs=1, trainable_codebooks=True, calibration=calibration()
+        )
+        hf_compress.compress(model, options)
+    else:
+        fields = {{"portable": True}} if mode == "portable" else {{"kinds": ALL_KINDS}}
+        hf_compress.compress(model, recipe(**fields))
 except hf_compress.CompressionError as error:
     print(f"RANK {{state.process_index}} ERROR {{error}}", flush=True)
     sys.exit(3)
@@ -55,7 +62,7 @@ def launch(tmp_path: Path, mode: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, str(script), mode], capture_output=True, text=True, timeout=240, env=environment)
 
 
-@pytest.mark.parametrize("mode", ["all kinds", "portable"])
+@pytest.mark.parametrize("mode", ["all kinds", "portable", "codebook"])
 def test_one_process_compresses_for_all(tmp_path: Path, mode: str) -> None:
     result = launch(tmp_path, mode)
     assert result.returncode == 0, result.stderr[-3000:]

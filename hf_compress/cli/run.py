@@ -74,7 +74,7 @@ def run(
         bits=options.parse_bits(bits),
         average_bits=average_bits,
         learning=learning,
-        block_epochs=options.parse_epochs(block_epochs),
+        block_epochs=block_epochs,
         column_group=column_group,
         kinds=options.parse_kinds(kinds),
         allocation=allocation,

@@ -192,8 +192,11 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The part of a batch that `model` takes, on its device, without a cache."""
     known = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
+    dtype: Any = model.dtype
     inputs: dict[str, Any] = {
-        name: tensor.to(device) for name, tensor in batch.items() if name in known and name != "labels"
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+        if name in known and name != "labels"
     }
     return {**inputs, "use_cache": False} if "use_cache" in known else inputs
 

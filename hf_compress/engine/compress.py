@@ -109,11 +109,10 @@ def prepare(
     """
     anatomy = resolve_anatomy(model)
     methods = [create_method(stage, anatomy) for stage in recipe.stages]
-    kinds = [type(stage) for stage in recipe.stages]
-    if len(set(kinds)) < len(kinds):
+    if len(recipe.stages) > 1:
         raise ConfigurationError(
-            "two stages of the same method cannot follow each other: the second would meet modules that the first has "
-            "replaced. Put what both should do into one configuration."
+            f"a recipe of {len(recipe.stages)} stages: one method on top of another is not supported yet, the file "
+            "format cannot say what stood between them. Give one method's configuration."
         )
     sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
     for stage, method, source in zip(recipe.stages, methods, sources, strict=True):

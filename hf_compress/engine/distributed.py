@@ -57,5 +57,9 @@ def _broadcast(model: nn.Module, paths: list[str], parameters: list[str]) -> Non
     """Tensors of new modules, and parameters that stay and have new values."""
     tensors = [tensor for path in paths for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()]
     for tensor in [*tensors, *(model.get_parameter(name) for name in parameters)]:
-        torch.distributed.broadcast(tensor.detach(), src=0)
+        # As bytes: not every back end knows every dtype.
+        contiguous = tensor.detach().contiguous()
+        if contiguous.numel():
+            torch.distributed.broadcast(contiguous.view(-1).view(torch.uint8), src=0)
+            tensor.detach().copy_(contiguous)
     check_tensors(model)

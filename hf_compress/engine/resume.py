@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import ResumeError
+from ..errors import CheckpointError, ResumeError
 from ..layout import build_module, layout_entry
 from .report import ModuleReport
 from .session import OUTSIDE, BlockResult
@@ -144,11 +144,14 @@ class ResumePoint:
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
         modules: dict[str, nn.Module] = {}
-        for entry in record["layout"]:
-            at = entry["path"]
-            module = build_module(model.get_submodule(at), entry)
-            prefix = f"{at}."
-            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            modules[at] = module
-        parameters = {name: tensors[name] for name in record["parameters"]}
+        try:
+            for entry in record["layout"]:
+                at = entry["path"]
+                module = build_module(model.get_submodule(at), entry)
+                prefix = f"{at}."
+                module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                modules[at] = module
+            parameters = {name: tensors[name] for name in record["parameters"]}
+        except (RuntimeError, KeyError, AttributeError, CheckpointError) as error:
+            raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
         return BlockResult(modules, [ModuleReport(**row) for row in record["rows"]], parameters)

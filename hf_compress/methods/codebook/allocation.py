@@ -113,22 +113,24 @@ def _measure(anatomy: ModelAnatomy, batches: list[Batch], paths: Sequence[str]) 
     with _gradients_on(model), _observed(model, paths, energies):
         for batch in take_tokens(batches, GRADIENT_TOKENS):
             with torch.enable_grad(), text_positions(batch):
-                _objective(model(**model_inputs(model, batch)), batch, generator).backward()
+                _objective(anatomy, model(**model_inputs(model, batch)), batch, generator).backward()
     return energies
 
 
-def _objective(output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The sum over tokens of the loss of a language model; elsewhere a random projection of the output, whose squared
-    gradients are those of its squared error on average."""
+def _objective(anatomy: ModelAnatomy, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The sum over tokens of the loss of a causal language model; elsewhere a random projection of the output, whose
+    squared gradients are those of its squared error on average."""
     ids = batch.get("input_ids")
     logits = getattr(output, "logits", None)
-    if logits is not None and ids is not None and logits.shape[:2] == ids.shape:
+    causal = anatomy.record.decoder and anatomy.outside("head") is not None
+    if causal and logits is not None and ids is not None and logits.shape[:2] == ids.shape:
         mask = batch.get("attention_mask")
         targets = ids if mask is None else ids.masked_fill(mask == 0, -100)
         flat = logits[:, :-1].flatten(end_dim=1).float()
         return nn.functional.cross_entropy(flat, targets[:, 1:].flatten().to(flat.device), reduction="sum")
-    states: Tensor = output[0]
-    return (states.float() * torch.randn(states.shape, generator=generator).to(states.device)).sum()
+    named = [output[name] for name in output if name.endswith("logits")] or [output[0]]
+    drawn = [torch.randn(states.shape, generator=generator).to(states.device) for states in named]
+    return torch.stack([(states.float() * draw).sum() for states, draw in zip(named, drawn, strict=True)]).sum()
 
 
 @contextmanager

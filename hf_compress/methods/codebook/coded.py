@@ -12,9 +12,10 @@ from torch import Tensor
 
 # The largest integer scale.
 TOP_SCALE = 255
-# The least positive number in fp16, and the scales whose units come near its denormal range.
+# The least positive number in fp16, and scales that come near its denormal range or its end.
 LEAST_HALF = 2.0**-24
 SMALL_SCALE = 2.0**-4
+LARGE_SCALE = 2.0**14
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def as_stored(coded: Coded, integer_scales: bool) -> Coded:
 
 
 def _within_half_precision(coded: Coded) -> Coded:
-    """Small weights: move a power of two from the scales to the codebooks, so that neither is denormal in fp16."""
+    """Small and large weights: move a power of two from the scales to the codebooks, so that both fit fp16."""
     largest = float(coded.scales.amax())
-    if not 0 < largest < SMALL_SCALE:
+    if not 0 < largest < SMALL_SCALE and not LARGE_SCALE < largest < math.inf:
         return coded
-    factor = 2.0 ** max(math.floor(math.log2(largest)), -12)
+    factor = 2.0 ** min(max(math.floor(math.log2(largest)), -12), 12)
     return replace(coded, scales=coded.scales / factor, codebooks=coded.codebooks * factor)
 
 

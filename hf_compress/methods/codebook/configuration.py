@@ -39,9 +39,8 @@ class CodebookConfig(MethodConfig):
             distance), `"distance"` (increases with it) and `"latent"` (a dense weight behind a straight-through
             estimate).
         rounds (`int`, defaults to 4): rounds of joint learning a matrix.
-        block_epochs (`int` or `"auto"`, defaults to `"auto"`): passes over the calibration data in which codebooks,
-            scales, codes and norms of a whole block are tuned towards the dense block's output. `"auto"`: 2 where a
-            matrix of the block has 2 bits or fewer, otherwise none.
+        block_epochs (`int`, defaults to 0): passes over the calibration data in which codebooks, scales, codes and
+            norms of a whole block are tuned towards the dense block's output. Worth its time at 2 bits or fewer.
         column_group (`int`, *optional*, defaults to 32): columns that share a scale; a multiple of 32. `None`: one
             scale a row.
         rows_per_codebook (`int`, defaults to 16): rows of alike distribution that share a codebook, on average.
@@ -59,7 +58,7 @@ class CodebookConfig(MethodConfig):
     average_bits: float | None = Field(default=None, ge=2, le=4)
     learning: Learning = "joint"
     rounds: int = Field(default=4, ge=1)
-    block_epochs: int | Literal["auto"] = "auto"
+    block_epochs: int = Field(default=0, ge=0)
     column_group: int | None = Field(default=32, ge=32, multiple_of=32)
     rows_per_codebook: int = Field(default=16, ge=1)
     integer_scales: bool = True
@@ -75,24 +74,19 @@ class CodebookConfig(MethodConfig):
         values = value.values() if isinstance(value, dict) else (value,)
         if isinstance(value, dict) and not value:
             raise ValueError('expected bits for at least one kind, e.g. {"mlp": 3}')
+        unknown = [kind for kind in value if kind not in CODED_KINDS] if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError(f"there is no kind {unknown[0]!r} to give bits; known: {', '.join(CODED_KINDS)}")
         for bits in values:
             if isinstance(bits, bool) or bits not in BITS:
                 raise ValueError(f'{bits!r} bits are not supported; choose 1.58, 2, 3 or 4, or "auto"')
-        return value
-
-    @field_validator("block_epochs")
-    @classmethod
-    def _epochs_not_negative(cls, value: Any) -> Any:
-        if value != "auto" and value < 0:
-            raise ValueError('expected 0 or more, or "auto"')
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> CodebookConfig:
         if (self.bits == "auto") != (self.average_bits is not None):
             raise ValueError('`bits="auto"` and `average_bits` belong together, e.g. bits="auto", average_bits=2.5')
-        tunes = self.block_epochs != "auto" and self.block_epochs > 0
-        if tunes and (self.learning == "none" or self.order == "dense"):
+        if self.block_epochs and (self.learning == "none" or self.order == "dense"):
             raise ValueError('`block_epochs` needs data and order="sequential": choose another `learning` or `order`')
         return self
 

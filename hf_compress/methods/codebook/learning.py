@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...errors import NumericalError
 from . import gradient, mathematics
 from .coded import Coded, as_stored, join, split
 from .configuration import CodebookConfig
@@ -33,7 +34,7 @@ def code_matrices(
         generator: on the CPU; draws the samples that codebooks start from.
 
     Raises:
-        NumericalError: `H` is not positive definite even with more damping.
+        NumericalError: `H` is not positive definite even with more damping, or the weights are too large.
     """
     columns = weights[0].shape[1]
     height = max(WEIGHTS_AT_ONCE // columns // config.rows_per_codebook, 1) * config.rows_per_codebook
@@ -45,6 +46,10 @@ def code_matrices(
     for weight in weights:
         count = -(-len(weight) // height)
         result.append(join(coded[:count]))
+        if not (result[-1].scales.isfinite().all() and result[-1].codebooks.isfinite().all()):
+            raise NumericalError(
+                f"weights up to {float(weight.abs().max()):.3g} are too large for scales and codes in half precision"
+            )
         coded = coded[count:]
     return result
 
@@ -85,6 +90,7 @@ def _code_pieces(
             coded = _learn_jointly(config, stacked, gram, coded)
         elif config.learning != "feedback":
             coded = gradient.descend(stacked, gram, coded, config.learning, config.integer_scales)
+    coded = as_stored(mathematics.constant_rows(stacked, coded), config.integer_scales)
     return split(coded, starts)
 
 

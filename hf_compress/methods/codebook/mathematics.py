@@ -107,6 +107,21 @@ def start(
     return assign_nearest(weight, coded)
 
 
+def constant_rows(weight: Float[Tensor, "rows columns"], coded: Coded) -> Coded:
+    """Rows of one value are met exactly: all their weights take the code of that sign with the largest magnitude, and
+    their scale what is left."""
+    value = weight[:, 0]
+    constant = (weight == value[:, None]).all(dim=1) & (value != 0)
+    if not constant.any():
+        return coded
+    tables = coded.tables()
+    code = torch.where(value > 0, tables.argmax(dim=1), tables.argmin(dim=1))
+    table = tables.gather(1, code[:, None])[:, 0]
+    met = (constant & (table * value > 0))[:, None]
+    scales = torch.where(met, (value / torch.where(table == 0, 1, table))[:, None], coded.scales)
+    return replace(coded, codes=torch.where(met, code[:, None], coded.codes), scales=scales)
+
+
 def assign_nearest(weight: Float[Tensor, "rows columns"], coded: Coded) -> Coded:
     """The nearest code for every weight."""
     scaled, tables = _scaled(weight, coded), coded.tables()

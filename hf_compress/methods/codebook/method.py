@@ -30,8 +30,6 @@ from .tuning import tune_block
 DRIFT_SHARE = 0.5
 # Tokens of the dense pass that measures the inputs of the head.
 HEAD_TOKENS = 16384
-# Passes of block tuning where it is decided here: two codes more make it needless.
-FEW_BITS, FEW_BITS_EPOCHS = 2, 2
 
 
 @register_method
@@ -136,14 +134,10 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         return result
 
     def refine_block(self, block: int, result: BlockResult, stream: BlockStream, targets: list[Tensor]) -> BlockResult:
-        epochs = self.config.block_epochs
-        if epochs == "auto":
-            few = self.config.learning != "none" and any(part.bits <= FEW_BITS for part in self.parts[block])
-            epochs = FEW_BITS_EPOCHS if few else 0
-        if not epochs or not self.parts[block]:
-            return result
         weights, self._dense = self._dense, {}
-        return tune_block(self.config, block, weights, result, stream, targets, epochs)
+        if not self.config.block_epochs or not self.parts[block]:
+            return result
+        return tune_block(self.config, block, weights, result, stream, targets)
 
     def _together(self, block: int, statistics: InputStatistics | None) -> list[list[Part]]:
         """The matrices of a block, those with the same inputs and bits together: they share sweeps over columns."""
@@ -167,11 +161,14 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         dense = [self.anatomy.model.get_submodule(part.path) for part in parts]
         weights = [dense_rows(module).float() for module in dense]
         try:
+            if gram is not None and not gram.diagonal().any():
+                gram = None  # inputs that are always zero tell nothing: the weights themselves count
             if gram is not None:
                 gram = mathematics.damped(gram.to(weights[0].device), self.config.damping)
                 if drift is not None:
-                    lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram))
-                    weights[0] = weights[0] + lost.T.to(weights[0])
+                    lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram)).T.to(weights[0])
+                    # Weak inputs could make up for the drift with huge weights only.
+                    weights[0] = weights[0] + lost * (weights[0].norm() / lost.norm()).clamp_max(1).nan_to_num(0)
             codes = 3 if parts[0].bits == TERNARY else 2 ** int(parts[0].bits)
             coded = code_matrices(self.config, weights, gram, codes, generator)
         except NumericalError as failure:

@@ -187,6 +187,12 @@ class CodebookEmbedding(PackedWeight, nn.Embedding):
         # Rounded to the model's dtype first, as the dense table does.
         return vectors * torch.tensor(self.output_scale, dtype=like.dtype, device=vectors.device)
 
+    def restore_buffers(self, dense: nn.Module) -> None:
+        """What a dense table needs and no checkpoint holds."""
+        if self.output_scale is not None:
+            like = dense.get_buffer("embed_scale")
+            like.fill_(self.output_scale)
+
     def tied_head(self, dense: nn.Module, path: str) -> CodebookTiedLinear:
         """The head that multiplies with this table, which is at `path`, in place of a dense one."""
         assert isinstance(dense, nn.Linear)
@@ -206,6 +212,7 @@ class CodebookTiedLinear(nn.Linear):
 
     layout_type: ClassVar[str] = "codebook_tied_linear"
     packs_weight: ClassVar[bool] = True
+    _is_hf_initialized: ClassVar[bool] = True
     dense_weights: ClassVar[int] = 0
     source: Any
 
@@ -239,7 +246,7 @@ class CodebookTiedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         matrix = self.source.as_matrix()
-        if matrix.packed.is_meta:
+        if any(isinstance(part, Tensor) and part.is_meta for part in matrix):
             raise CompressionError(
                 f"the head is tied to {self.source_path!r}, which is offloaded. Put it on a device in the device_map."
             )

@@ -98,7 +98,6 @@ def tune_block(
     result: BlockResult,
     stream: BlockStream,
     targets: list[Tensor],
-    epochs: int,
 ) -> BlockResult:
     """Tune the packed layers of a block, and its norms and biases, where they stand.
 
@@ -128,7 +127,7 @@ def tune_block(
     with torch.enable_grad(), _in_float32(module), _seeded(config.seed + block):
         start = task.error(validation)
         with _trained(list(beside.values())):
-            _train(task, tuned, layers, list(beside.values()), epochs, cut)
+            _train(task, tuned, layers, list(beside.values()), config.block_epochs, cut)
         for path, layer in layers.items():
             layer.fill(as_stored(tuned[path].coded(), layer.format.integer_scales))
         kept = task.error(validation) < start

@@ -63,6 +63,9 @@ class CodebookFormat:
     @classmethod
     def from_spec(cls, spec: dict[str, Any], rows: int, columns: int) -> CodebookFormat:
         """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
+        unknown = set(spec) - {"bits", "books", "column_group", "integer_scales", "trainable"}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
         if spec["bits"] not in BITS or isinstance(spec["bits"], bool):
             raise ValueError(f"`bits` must be one of {BITS}, got {spec['bits']!r}")
         group = checked_size(spec, "column_group", max(columns, 1))
@@ -94,13 +97,15 @@ class PackedWeight(nn.Module):
 
     #: `weight` holds codes: nothing may be added to it.
     packs_weight: ClassVar[bool] = True
+    #: For Transformers, which would draw initial values for codes that are offloaded.
+    _is_hf_initialized: ClassVar[bool] = True
     format: CodebookFormat
     columns: int
     codebooks: Tensor
     scales: Tensor
     row_scales: Tensor | None
     row_codebook: Tensor | None
-    kernel_codes: Tensor | None
+    kernel_codes: Tensor
 
     def make_tensors(self, rows: int, columns: int, format: CodebookFormat, device: Any) -> None:
         """Register the tensors, uninitialised."""
@@ -120,9 +125,11 @@ class PackedWeight(nn.Module):
             keep("weight", (rows, ternary_bytes(columns)), torch.uint8)
         else:
             keep("weight", (rows, words), torch.int32)
-        # Three codes are stored in less than the kernel reads: it has a copy of its own, which is never saved.
-        expanded = torch.empty((rows, words), dtype=torch.int32, device=device) if ternary else None
-        self.register_buffer("kernel_codes", expanded, persistent=False)
+        if ternary:
+            # Stored in less than the kernel reads: it has a copy of its own, which is never saved.
+            copy = torch.empty((rows, words), dtype=torch.int32, device=device)
+            self.register_buffer("kernel_codes", copy, persistent=False)
+            self.expanded = False
         keep("codebooks", (books, 1 << format.kernel_bits), kind)
         keep("scales", (rows, -(-columns // format.column_group)), torch.uint8 if format.integer_scales else kind)
         if format.integer_scales:
@@ -154,10 +161,21 @@ class PackedWeight(nn.Module):
 
     def expand_codes(self) -> None:
         """Bring the kernel's copy of the codes up to date, where it has one."""
-        weight = self.get_buffer("weight")
-        if self.kernel_codes is not None and not weight.is_meta:
-            codes = unpack_ternary(weight, self.columns)
-            self.kernel_codes = pack_codes(codes, self.format.kernel_bits)
+        if self.format.bits == TERNARY and not self.get_buffer("weight").is_meta:
+            self.kernel_codes, self.expanded = self._expanded_codes(), True
+
+    def _expanded_codes(self) -> Tensor:
+        codes = unpack_ternary(self.get_buffer("weight"), self.columns)
+        return pack_codes(codes, self.format.kernel_bits)
+
+    def _codes(self) -> Tensor:
+        """As the kernel reads them."""
+        if self.format.bits != TERNARY:
+            return self.get_buffer("weight")
+        # Offloaded codes come and go: then there is no copy to keep.
+        if self.expanded or self.get_buffer("weight").is_meta:
+            return self.kernel_codes
+        return self._expanded_codes()
 
     def spec(self) -> dict[str, Any]:
         return self.format.spec()
@@ -175,7 +193,7 @@ class PackedWeight(nn.Module):
     def as_matrix(self) -> CodebookMatrix:
         """What the kernel takes."""
         return CodebookMatrix(
-            self.get_buffer("weight") if self.kernel_codes is None else self.kernel_codes,
+            self._codes(),
             self.codebooks,
             self.scales,
             self.format.kernel_bits,
@@ -191,11 +209,11 @@ class PackedWeight(nn.Module):
 
     def check_tensors(self) -> None:
         """After loading: shapes, finite numbers, codes and codebooks that exist. Raises `ValueError`."""
-        if self.codebooks.is_meta:
-            return
         try:
             self.expand_codes()
-            check_matrix(self.as_matrix())
+            matrix = self.as_matrix()
+            if not any(isinstance(part, Tensor) and part.is_meta for part in matrix):  # or it is offloaded
+                check_matrix(matrix)
         except ConfigurationError as error:
             raise ValueError(str(error)) from error
 
