@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,87 +16,77 @@ from hf_compress.kernels import library
 from hf_compress.kernels.matrix import prepare
 
 SOURCES = Path(library.__file__).parent / "csrc"
-COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Reads blocks of bytes, each after its size: the matrix, its five tensors, x, the bias, then the type and rows of x.
 DRIVER = r"""
 #include "codebook.h"
 #include <stdio.h>
 #include <stdlib.h>
 
-int32_t hfc_configure(int32_t set, void *function);
+int32_t hfc_configure(int32_t, void *);
 int32_t hfc_linear(const hfc_matrix *, const void *, const void *, void *, int64_t, int32_t, int32_t);
 int32_t hfc_dequantize(const hfc_matrix *, void *, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t);
 
-static void *read_block(void) {
-    int64_t size = 0;
+static void *block(void) {
+    int64_t size;
     if (fread(&size, sizeof size, 1, stdin) != 1 || !size) return NULL;
-    void *block = malloc((size_t)size);
-    return fread(block, 1, (size_t)size, stdin) == (size_t)size ? block : NULL;
+    void *content = malloc((size_t)size);
+    return fread(content, 1, (size_t)size, stdin) == (size_t)size ? content : NULL;
 }
 
 int main(void) {
-    hfc_matrix matrix;
-    int64_t type_and_count[2];
     if (!hfc_configure(1, NULL)) return 1;
-    while (fread(&matrix, sizeof matrix, 1, stdin) == 1) {
-        const void **pointers = (const void **)&matrix;
-        for (int i = 0; i < 5; i++) pointers[i] = read_block();
-        const void *x = read_block(), *bias = read_block();
-        if (fread(type_and_count, sizeof type_and_count, 1, stdin) != 1) return 2;
-        const int32_t type = (int32_t)type_and_count[0];
-        const size_t y = (size_t)(type_and_count[1] * matrix.rows) * hfc_type_bytes(type);
-        const size_t weight = (size_t)(matrix.rows * matrix.columns) * hfc_type_bytes(type);
-        char *out = malloc(y + weight);
-        if (hfc_linear(&matrix, x, bias, out, type_and_count[1], type, 1)) return 3;
-        if (hfc_dequantize(&matrix, out + y, 0, matrix.rows, 0, matrix.columns, type, 1)) return 4;
-        fwrite(out, 1, y + weight, stdout);
-        free(out);
+    for (hfc_matrix *matrix; (matrix = block());) {
+        for (int i = 0; i < 5; i++) ((void **)matrix)[i] = block();
+        const void *x = block(), *bias = block();
+        const int32_t *call = block();
+        const size_t bytes = hfc_type_bytes(call[0]), rows = (size_t)matrix->rows;
+        void *y = malloc((size_t)call[1] * rows * bytes), *weight = malloc(rows * (size_t)matrix->columns * bytes);
+        if (hfc_linear(matrix, x, bias, y, call[1], call[0], 1)) return 2;
+        if (hfc_dequantize(matrix, weight, 0, matrix->rows, 0, matrix->columns, call[0], 1)) return 3;
+        fwrite(y, bytes, (size_t)call[1] * rows, stdout);
+        fwrite(weight, bytes, rows * (size_t)matrix->columns, stdout);
     }
     return 0;
 }
 """
 
 
+def block(content: bytes | Tensor | None) -> bytes:
+    if isinstance(content, Tensor):
+        content = content.flatten().view(torch.uint8).numpy().tobytes()
+    return len(content or b"").to_bytes(8, "little") + (content or b"")
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not (shutil.which(COMPILER) and EMULATOR):
-        pytest.skip(f"needs {COMPILER} and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
-    folder = tmp_path_factory.mktemp("neon")
-    (folder / "driver.c").write_text(DRIVER)
-    flags = ["-O2", "-static", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
-    subprocess.run([COMPILER, *flags, "-o", folder / "driver", folder / "driver.c", *SOURCES.glob("*.c")], check=True)
-    return folder / "driver"
-
-
-def stored(tensor: Tensor | None) -> bytes:
-    content = b"" if tensor is None else tensor.flatten().view(torch.uint8).numpy().tobytes()
-    return len(content).to_bytes(8, "little") + content
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, qemu-user)")
+    path = tmp_path_factory.mktemp("neon") / "driver"
+    path.with_suffix(".c").write_text(DRIVER)
+    flags = ["-O2", "-static", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-o", path]
+    subprocess.run([compiler, *flags, path.with_suffix(".c"), *SOURCES.glob("*.c")], check=True)
+    return [emulator, str(path)]
 
 
 @pytest.mark.parametrize("scales", ["float16", "uint8"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_neon_equals_the_reference(program: Path, bits: int, scales: str) -> None:
-    assert EMULATOR is not None
-    matrices = [make_case(bits, columns, scales=scales, group=64) for columns in (1, 33, 100, 111, 576, 2048)]
-    cases = [
-        (case, random(count, case.matrix.columns, dtype=dtype), random(ROWS, dtype=dtype) if count == 2 else None)
-        for case in matrices
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for count in (1, 2, 5)
-    ]
-    given = b""
+def test_neon_equals_the_reference(program: list[str], bits: int, scales: str) -> None:
+    given, cases = b"", []
+    for columns, dtype, count in itertools.product((1, 33, 100, 111, 576, 2048), DTYPES, (1, 2, 5)):
+        case, x = make_case(bits, columns, scales=scales, group=64), random(count, columns, dtype=dtype)
+        bias = random(ROWS, dtype=dtype) if count == 2 else None
+        call = torch.tensor([library.TYPES[dtype], count], dtype=torch.int32)
+        given += b"".join(map(block, (bytes(prepare(case.matrix).structure), *case.arguments[:5], x, bias, call)))
+        cases.append((case, x, bias))
+    output = bytearray(subprocess.run(program, input=given, capture_output=True, check=True).stdout)
+    start = 0
     for case, x, bias in cases:
-        tensors = (*case.arguments[:5], x, bias)
-        numbers = b"".join(value.to_bytes(8, "little") for value in (library.TYPES[x.dtype], len(x)))
-        given += bytes(prepare(case.matrix).structure) + b"".join(map(stored, tensors)) + numbers
-    output = bytearray(subprocess.run([EMULATOR, program], input=given, capture_output=True, check=True).stdout)
-    values = memoryview(output)
-    for case, x, bias in cases:
-        shapes = (len(x), ROWS), (ROWS, case.matrix.columns)
-        y, weight = (torch.empty(shape, dtype=x.dtype) for shape in shapes)
-        for tensor in (y, weight):
-            size = tensor.numel() * tensor.element_size()
-            tensor.copy_(torch.frombuffer(values[:size], dtype=x.dtype).view_as(tensor))
-            values = values[size:]
-        assert_product(y, x, case.weight, bias)
-        assert torch.equal(weight, case.weight.float().to(x.dtype))
-    assert not values
+        sizes = len(x) * ROWS, case.weight.numel()
+        values = torch.frombuffer(output, dtype=x.dtype, offset=start, count=sum(sizes))
+        start += values.numel() * values.element_size()
+        y, weight = values.split(sizes)
+        assert_product(y.view(len(x), ROWS), x, case.weight, bias)
+        assert torch.equal(weight.view_as(case.weight), case.weight.float().to(x.dtype))
+    assert start == len(output)
