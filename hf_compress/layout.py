@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .errors import CheckpointError
@@ -184,30 +183,20 @@ def _check_entry(entry: Any) -> None:
         )
 
 
-def check_names(model: nn.Module, layout: Any, files: Any) -> None:
-    """Before loading: every tensor of a replaced module is in the checkpoint. Transformers would fill in whatever the
-    memory holds.
+def check_loaded(model: nn.Module) -> None:
+    """After loading: every tensor of a replaced module came from the checkpoint. Transformers fills in whatever the
+    memory holds for those that did not, and marks those that did.
 
     Raises:
         CheckpointError: a tensor is missing.
     """
-    if not isinstance(files, (list, tuple)) or not all(str(file).endswith(".safetensors") for file in files):
-        return
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names.update(opened.keys())
-    for entry in layout:
-        try:
-            module = model.get_submodule(_path_in(model, entry["path"]))
-        except CheckpointError:
-            continue  # of a head that this class of model does not have
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for name in module.state_dict():
-            if f"{entry['path']}.{name}" not in names and f"{entry['path']}.{name}" not in tied:
+    for path, module in model.named_modules():
+        if type(module) not in _MODULE_TYPES.values():
+            continue
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                 raise CheckpointError(
-                    f"the checkpoint lacks the tensor '{entry['path']}.{name}': it is damaged. Download or compress "
-                    "again."
+                    f"the checkpoint lacks the tensor '{path}.{name}': it is damaged. Download or compress again."
                 )
 
 

@@ -17,7 +17,7 @@ from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import current_load_arguments
-from .layout import FORMAT_VERSION, check_names, check_tensors, disconnect, layout_of, replay
+from .layout import FORMAT_VERSION, check_loaded, check_tensors, disconnect, layout_of, replay
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -81,7 +81,6 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             replay(model, self.quantization_config.layout)
-            check_names(model, self.quantization_config.layout, kwargs.get("checkpoint_files"))
             if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
                 # Tables that are trained stay in float32, whatever the model's dtype.
                 model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
@@ -92,6 +91,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
+            check_loaded(model)
             check_tensors(model)
             self.attach(model)
             return model

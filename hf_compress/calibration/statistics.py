@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Rows per float32 product: short enough that its rounding stays below that of bf16 inputs.
 ROWS_PER_PRODUCT = 4096
+# Small batched products may be summed term by term: fewer rows.
+ROWS_PER_HEAD_PRODUCT = 1024
 # A Gram is symmetric: strips of this many columns leave out most of its lower half.
 COLUMNS_PER_STRIP = 512
 
@@ -48,11 +50,14 @@ def gram(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
 
 def head_grams(rows: Float[Tensor, "tokens heads d"]) -> Float[Tensor, "heads d d"]:
     """One Gram a head, `Σ xᵀx`, in float64."""
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    by_head = wide.transpose(0, 1).contiguous()
+    heads, size = rows.shape[1:]
+    total = torch.zeros(heads, size, size, dtype=torch.float64, device=_sum_device(rows.device))
     with _highest_precision():
-        product = by_head.mT @ by_head
-    return product.to(_sum_device(rows.device), torch.float64)
+        for chunk in rows.split(ROWS_PER_HEAD_PRODUCT):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            by_head = wide.transpose(0, 1).contiguous()
+            total += (by_head.mT @ by_head).to(total.device)
+    return total
 
 
 @contextmanager

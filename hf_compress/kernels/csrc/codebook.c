@@ -67,15 +67,11 @@ static void work(void *data) {
 
 static int32_t run(hfc_job *job) {
     const hfc_matrix *matrix = job->matrix;
-    const size_t size = (size_t)1 << matrix->bits, count = (size_t)matrix->codebook_count;
-    /* Converted in the upper part, then spread over the whole. */
-    float *tables = malloc(count * HFC_STEP * sizeof(float)), *dense = tables + count * (HFC_STEP - size);
+    const size_t codes = (size_t)matrix->codebook_count << matrix->bits;
+    float *tables = malloc((codes + HFC_STEP) * sizeof(float));
     if (!tables) return HFC_NO_MEMORY;
-    active->to_float(dense, matrix->codebooks, matrix->codebook_type, count * size);
-    for (size_t i = 0; i < count && size < HFC_STEP; i++) {
-        memmove(tables + i * HFC_STEP, dense + i * size, size * sizeof(float));
-        memset(tables + i * HFC_STEP + size, 0, (HFC_STEP - size) * sizeof(float));
-    }
+    active->to_float(tables, matrix->codebooks, matrix->codebook_type, codes);
+    memset(tables + codes, 0, HFC_STEP * sizeof(float));
     job->tables = tables;
     if (job->threads > 1) {
         parallel(work, job, (unsigned)job->threads, 0);

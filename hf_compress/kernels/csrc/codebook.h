@@ -35,7 +35,7 @@ typedef struct {
 /* One call: y = x W^T + bias, or rows of W. Threads claim rows from `next`. */
 typedef struct {
     const hfc_matrix *matrix;
-    const float *tables; /* the codebooks as floats, each in HFC_STEP of them */
+    const float *tables; /* the codebooks as floats, and HFC_STEP more that may be read */
     const float *x;      /* (count, stride), zero from `columns` on; NULL to dequantize */
     int64_t stride, count;
     const void *bias; /* (rows,) of `type`, or NULL */

@@ -6,7 +6,7 @@
  *   load, store              16 floats, unaligned
  *   load_as, store_as        the same with conversion from or to an hfc_type
  *   zero, add, multiply, multiply_add, sum
- *   load_table, make_table   2^bits of 16 floats as the look-up needs them; the table of these times a scale
+ *   load_table, make_table   the first 2^bits floats as the look-up needs them; the table of these times a scale
  *   look_up(bits, unit, half, table)
  *
  * A row of y is summed in the same order whatever block it falls into: results depend neither on the number of threads
@@ -56,7 +56,7 @@ INLINE const float *codebook_of(const hfc_job *job, int64_t row) {
         index = matrix->index_bytes == 2 ? ((const int16_t *)matrix->row_codebook)[row]
                                          : ((const int32_t *)matrix->row_codebook)[row];
     if (index < 0 || index >= matrix->codebook_count) return NULL;
-    return job->tables + (size_t)index * HFC_STEP;
+    return job->tables + ((size_t)index << matrix->bits);
 }
 
 /* For the rows of a chunk: their tables, which contain the row scale, and their scales (rows, groups) as floats. */
@@ -74,6 +74,7 @@ INLINE int32_t prepare_rows(const hfc_job *job, int64_t first, int64_t last, con
     for (size_t r = 0; r < rows; r++, scaled += HFC_STEP) {
         if (!(tables[r] = codebook_of(job, first + (int64_t)r))) return HFC_BAD_CODEBOOK;
         if (!matrix->row_scales) continue;
+        /* 2 and 3 bits: what follows the codebook comes along, unused. */
         store(scaled, multiply(load(tables[r]), row_scales[r]));
         tables[r] = scaled;
     }
