@@ -105,10 +105,7 @@ def _from_pretrained(
     recipe = kwargs.pop("compression_config", None)
     if recipe is not None:
         if kwargs.get("quantization_config") is not None:
-            raise ConfigurationError(
-                "give either compression_config or quantization_config, not both. Several methods go into one "
-                "CompressionConfig(stages=[...])."
-            )
+            raise ConfigurationError("give either compression_config or quantization_config, not both.")
         recipe = CompressionConfig.wrap(recipe)
     elif _is_recipe(kwargs.get("quantization_config")):
         recipe = CompressionConfig.wrap(kwargs.pop("quantization_config"))
