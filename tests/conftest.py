@@ -122,6 +122,15 @@ def token_ids(count: int = 24, length: int = 32, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
 
 
+IDS = token_ids(3, 20, seed=5)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(ids, **kwargs).logits
+    return result
+
+
 def calibration(**fields: Any) -> CalibrationConfig:
     return CalibrationConfig(token_ids(), **{"num_samples": 20, "num_held_out": 4, "batch_size": 8, **fields})
 

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, compress_with, make_model, token_ids
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from conftest import IDS, METHODS, compress_with, logits, make_model
+from transformers import AutoModelForCausalLM
 
 import hf_compress
 from hf_compress.layout import layout_of
 
-IDS = token_ids(3, 20, seed=5)
-
 pytestmark = pytest.mark.parametrize("method", sorted(METHODS))
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 def test_save_and_reload_is_bit_equal(method: str, family: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import calibration, make_model, recipe, token_ids
+from conftest import IDS, calibration, logits, make_model, recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,14 +17,6 @@ import hf_compress
 from hf_compress import CodebookConfig, CompressionConfig
 from hf_compress.methods.codebook import CodebookLinear
 from hf_compress.methods.codebook.weight import CodebookFormat
-
-IDS = token_ids(3, 20, seed=5)
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
 
 
 def coded(family: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import calibration, make_model, token_ids
+from conftest import IDS, calibration, logits, make_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -31,14 +31,6 @@ from hf_compress.methods.codebook import gradient, mathematics
 from hf_compress.methods.codebook.allocation import allocate_bits
 from hf_compress.methods.codebook.coded import Coded, as_stored
 from hf_compress.methods.codebook.modules import CodebookConv2d, CodebookLinear
-
-IDS = token_ids(3, 20, seed=5)
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
 
 
 def coded(family: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
@@ -93,7 +85,7 @@ def test_codebook_gradient_is_autograds(problem: Any) -> None:
 def test_descent_lowers_the_error(problem: Any, kind: Any) -> None:
     weight, gram, start = problem
     weight, start = weight.float(), replace(start, codebooks=start.codebooks.float(), scales=start.scales.float())
-    start = mathematics.assign_with_feedback(weight, gram, start)
+    start = mathematics.assign_with_feedback(weight, mathematics.feedback_of(gram), start)
     found = gradient.descend(weight, gram, start, kind, True)
     before, after = (mathematics.relative_error(weight, one.matrix(), gram) for one in (start, found))
     assert after < 0.99 * before

@@ -59,7 +59,7 @@ def test_zero_rows_stay_zero_and_constant_rows_are_met(gram: torch.Tensor, weigh
     weight[3], weight[5], weight[7, :GROUP] = 0, 0.625, 0
     coded = as_stored(start(weight, gram.diagonal()), integer_scales=True)
     assert float((coded.matrix()[5] / 0.625 - 1).abs().max()) < 2e-3  # a step of the scales
-    coded = m.assign_with_feedback(weight, gram, coded)
+    coded = m.assign_with_feedback(weight, m.feedback_of(gram), coded)
     assert coded.matrix()[3].abs().max() == 0
     assert coded.matrix().isfinite().all()
 
@@ -75,7 +75,7 @@ def test_nearest_codes_are_the_nearest(weight: torch.Tensor, codes: int) -> None
 def test_feedback_equals_the_plain_recursion(weight: torch.Tensor, gram: torch.Tensor) -> None:
     """Optimal Brain Quantization in a fixed order, with the inverse of the remaining Gram computed anew each time."""
     coded = start(weight, gram.diagonal())
-    found = m.assign_with_feedback(weight, gram, coded)
+    found = m.assign_with_feedback(weight, m.feedback_of(gram), coded)
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
     rest, expected = weight.clone(), torch.zeros_like(coded.codes)
     scales, tables = coded.wide_scales(), coded.tables()
@@ -94,11 +94,13 @@ def test_feedback_equals_the_plain_recursion(weight: torch.Tensor, gram: torch.T
 def test_without_correlation_feedback_is_nearest(weight: torch.Tensor) -> None:
     coded = start(weight, torch.ones(COLUMNS))
     flat = torch.eye(COLUMNS, dtype=torch.float64)
-    assert torch.equal(m.assign_with_feedback(weight, flat, coded).codes, m.assign_nearest(weight, coded).codes)
+    assert torch.equal(
+        m.assign_with_feedback(weight, m.feedback_of(flat), coded).codes, m.assign_nearest(weight, coded).codes
+    )
 
 
 def test_sweeps_end_where_no_single_code_helps(weight: torch.Tensor, gram: torch.Tensor) -> None:
-    coded = m.assign_with_feedback(weight, gram, start(weight, gram.diagonal(), codes=4))
+    coded = m.assign_with_feedback(weight, m.feedback_of(gram), start(weight, gram.diagonal(), codes=4))
     before = loss(weight, coded.matrix(), gram)
     once = m.sweep_codes(weight, gram, coded)
     assert loss(weight, once.matrix(), gram) < before

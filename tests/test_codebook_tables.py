@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, calibration, make_model, token_ids
+from conftest import FAMILIES, IDS, calibration, logits, make_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -26,7 +26,6 @@ import hf_compress
 from hf_compress import CodebookConfig
 from hf_compress.methods.codebook.modules import CodebookEmbedding, CodebookLinear, CodebookTiedLinear
 
-IDS = token_ids(3, 20, seed=5)
 TABLES: dict[str, Any] = {"mlp": 3, "embedding": 4}
 
 
@@ -47,12 +46,6 @@ def untied_llama() -> PreTrainedModel:
 def compressed(model: PreTrainedModel, bits: Any = None, **fields: Any) -> PreTrainedModel:
     options = {"learning": "none", **fields}
     return hf_compress.compress(model, CodebookConfig(bits=bits or TABLES, **options))
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(IDS).logits
-    return result
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "opt", "qwen2"])

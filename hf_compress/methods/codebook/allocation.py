@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +167,9 @@ def _observed(model: nn.Module, paths: Sequence[str], energies: _Energies) -> It
             by_token = gradient.movedim(1, -1).flatten(end_dim=-2) if image else real_tokens(gradient)
             add(energies.gradients, path, by_token)
 
-        output.register_hook(keep)
+        # Accelerators go backward in a thread of their own, which does not know the padding.
+        context = copy_context()
+        output.register_hook(lambda gradient: context.run(keep, gradient))
         return output
 
     handles = [

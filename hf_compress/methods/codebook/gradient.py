@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .coded import Coded, as_stored
-from .mathematics import assign_nearest
+from .mathematics import assign_nearest, output_energy
 
 STEPS = 60
 MOMENTUM = 0.9
@@ -45,7 +45,7 @@ def descend(
     """
     gram = gram.to(weight)
     curvature = float(torch.linalg.eigvalsh(gram)[-1])
-    best, least = coded, _loss(weight, gram, coded)
+    best, least = coded, output_energy(coded.matrix() - weight, gram)
     mapping = _Latent(coded) if kind == "latent" else _Logits(coded, kind)
     book_velocity = torch.zeros_like(coded.codebooks)
     for step in range(STEPS):
@@ -57,7 +57,7 @@ def descend(
         coded = as_stored(
             replace(coded, codes=codes, codebooks=coded.codebooks - shift * book_velocity), integer_scales
         )
-        loss = _loss(weight, gram, coded)
+        loss = output_energy(coded.matrix() - weight, gram)
         if loss < least:
             best, least = coded, loss
     return best
@@ -122,8 +122,3 @@ class _Latent:
         self.velocity.mul_(MOMENTUM).add_(slope)
         self.weight.sub_(self.velocity, alpha=rate / curvature)
         return assign_nearest(self.weight, coded).codes
-
-
-def _loss(weight: Tensor, gram: Tensor, coded: Coded) -> float:
-    error = coded.matrix() - weight
-    return float(((error @ gram) * error).double().sum())

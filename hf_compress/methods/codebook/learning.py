@@ -40,8 +40,9 @@ def code_matrices(
     height = max(WEIGHTS_AT_ONCE // columns // config.rows_per_codebook, 1) * config.rows_per_codebook
     pieces = [piece for weight in weights for piece in weight.split(height)]
     coded: list[Coded] = []
+    feedback = None if gram is None or config.learning == "none" else mathematics.feedback_of(gram)
     for together in _within(pieces, WEIGHTS_AT_ONCE):
-        coded += _code_pieces(config, together, gram, codes, generator)
+        coded += _code_pieces(config, together, gram, feedback, codes, generator)
     result = []
     for weight in weights:
         count = -(-len(weight) // height)
@@ -66,7 +67,12 @@ def _within(pieces: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
 
 
 def _code_pieces(
-    config: CodebookConfig, weights: list[Tensor], gram: Tensor | None, codes: int, generator: torch.Generator
+    config: CodebookConfig,
+    weights: list[Tensor],
+    gram: Tensor | None,
+    feedback: tuple[Tensor, Tensor] | None,
+    codes: int,
+    generator: torch.Generator,
 ) -> list[Coded]:
     columns = weights[0].shape[1]
     importance = weights[0].new_ones(columns) if gram is None else gram.diagonal()
@@ -82,10 +88,10 @@ def _code_pieces(
         for weight in weights
     ]
     coded, stacked = as_stored(join(starts), config.integer_scales), torch.cat(weights)
-    if gram is None or config.learning == "none":
+    if gram is None or feedback is None or config.learning == "none":
         coded = mathematics.assign_nearest(stacked, coded)
     else:
-        coded = mathematics.assign_with_feedback(stacked, gram, coded)
+        coded = mathematics.assign_with_feedback(stacked, feedback, coded)
         if config.learning == "joint":
             coded = _learn_jointly(config, stacked, gram, coded)
         elif config.learning != "feedback":

@@ -55,11 +55,13 @@ def relative_error(
 ) -> float:
     """`tr(E H Eᵀ) / tr(W H Wᵀ)`, `E = W − Ŵ`; `H = I` where there is no data."""
 
-    def energy(matrix: Tensor) -> float:
-        return float(((matrix if gram is None else matrix @ gram.to(matrix)) * matrix).double().sum())
+    whole = output_energy(weight, gram)
+    return output_energy(weight - coded, gram) / whole if whole > 0 else 0.0
 
-    whole = energy(weight)
-    return energy(weight - coded) / whole if whole > 0 else 0.0
+
+def output_energy(matrix: Float[Tensor, "rows columns"], gram: Float[Tensor, "columns columns"] | None) -> float:
+    """`tr(M H Mᵀ)`; `H = I` where there is no data."""
+    return float(((matrix if gram is None else matrix @ gram.to(matrix)) * matrix).double().sum())
 
 
 def start(
@@ -124,18 +126,22 @@ def constant_rows(weight: Float[Tensor, "rows columns"], coded: Coded) -> Coded:
 
 def assign_nearest(weight: Float[Tensor, "rows columns"], coded: Coded) -> Coded:
     """The nearest code for every weight."""
-    scaled, tables = _scaled(weight, coded), coded.tables()
+    return replace(coded, codes=nearest_codes(_scaled(weight, coded), coded.tables()))
+
+
+def nearest_codes(
+    scaled: Float[Tensor, "rows columns"], tables: Float[Tensor, "rows codes"]
+) -> Int[Tensor, "rows columns"]:
+    """The nearest of every row's ascending codes, for weights in units of their scale."""
     between = (tables[:, 1:] + tables[:, :-1]) / 2
-    codes = torch.zeros_like(coded.codes)
+    codes = torch.zeros(scaled.shape, dtype=torch.long, device=scaled.device)
     for boundary in between.T:
         codes += scaled > boundary[:, None]
-    return replace(coded, codes=codes)
+    return codes
 
 
-def assign_with_feedback(
-    weight: Float[Tensor, "rows columns"], gram: Float[Tensor, "columns columns"], coded: Coded
-) -> Coded:
-    """Column by column, each column's rounding error made up for by those to come (GPTQ).
+def feedback_of(gram: Float[Tensor, "columns columns"]) -> tuple[Tensor, Tensor]:
+    """The order of the columns for `assign_with_feedback`, and in this order the upper Cholesky factor of `H⁻¹`.
 
     Columns of much input energy come first; scales are given beforehand, so that any order is allowed.
 
@@ -146,7 +152,18 @@ def assign_with_feedback(
         NumericalError: `H` is not positive definite even with more damping.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(gram[order][:, order]).to(weight)
+    return order, _inverse_factor(gram[order][:, order])
+
+
+def assign_with_feedback(
+    weight: Float[Tensor, "rows columns"], feedback: tuple[Tensor, Tensor], coded: Coded
+) -> Coded:
+    """Column by column, each column's rounding error made up for by those to come (GPTQ).
+
+    Args:
+        feedback: what `feedback_of` makes of `H`; all matrices over the same inputs share it.
+    """
+    order, factor = feedback[0], feedback[1].to(weight)
     rest, scales = weight[:, order].clone(), coded.wide_scales()[:, order]
     tables = coded.tables()
     between = (tables[:, 1:] + tables[:, :-1]) / 2

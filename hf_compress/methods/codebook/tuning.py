@@ -22,6 +22,7 @@ from ...engine.session import BlockResult
 from ...kernels.packing import unpack_codes
 from .coded import Coded, as_stored
 from .configuration import CodebookConfig
+from .mathematics import nearest_codes
 from .modules import CodebookConv2d
 from .weight import FORMAT_TENSORS, PackedWeight
 
@@ -59,24 +60,21 @@ class TunedWeight(nn.Module):
     def coded(self) -> Coded:
         """The present codes, codebooks in ascending order."""
         with torch.no_grad():
-            books = self.codebooks.sort(dim=1).values
-            table = books[self.row_codebook]
-            between = (table[:, 1:] + table[:, :-1]) / 2
-            codes = torch.zeros(self.latent.shape, dtype=torch.long, device=self.latent.device)
-            for boundary in between.T:
-                codes += self.latent > boundary[:, None]
-            scales = self.log_scales.exp().masked_fill(self.empty, 0)
-            return Coded(codes, books, scales, self.row_codebook, self.column_group)
+            # Training may let two codes of a book change places.
+            self.codebooks.copy_(self.codebooks.sort(dim=1).values)
+            return self._coded()
+
+    def _coded(self) -> Coded:
+        codes = nearest_codes(self.latent.detach(), self.codebooks.detach()[self.row_codebook])
+        scales = self.log_scales.exp().masked_fill(self.empty, 0)
+        return Coded(codes, self.codebooks, scales, self.row_codebook, self.column_group)
 
     def forward(self) -> Float[Tensor, "rows columns"]:
         with torch.no_grad():
-            # Training may let two codes of a book change places.
             self.codebooks.copy_(self.codebooks.sort(dim=1).values)
-            codes = self.coded().codes
-        chosen = self.codebooks[self.row_codebook].gather(1, codes)
-        scales = self.log_scales.exp().masked_fill(self.empty, 0)
-        wide = scales.repeat_interleave(self.column_group, dim=1)[:, : codes.shape[1]]
-        return wide * (chosen + self.latent - self.latent.detach())
+        coded = self._coded()
+        # What the straight-through estimate adds is 0, and has the gradient of the values behind the codes.
+        return coded.matrix() + coded.wide_scales() * (self.latent - self.latent.detach())
 
 
 def _coded(layer: PackedWeight) -> Coded:
@@ -124,10 +122,11 @@ def tune_block(
     task = _Task(module, stream.by_sequence(), block, [row for target in targets for row in target.split(1)])
     cut = max(len(task.targets) - max(len(task.targets) // VALIDATION, 1), 1)
     validation = range(cut, len(task.targets)) if len(task.targets) > 1 else range(1)
-    with torch.enable_grad(), _in_float32(module), _seeded(config.seed + block):
+    generator = torch.Generator().manual_seed(config.seed + block)
+    with torch.enable_grad(), _in_float32(module):
         start = task.error(validation)
         with _trained(list(beside.values())):
-            _train(task, tuned, layers, list(beside.values()), config.block_epochs, cut)
+            _train(task, tuned, layers, list(beside.values()), config.block_epochs, cut, generator)
         for path, layer in layers.items():
             layer.fill(as_stored(tuned[path].coded(), layer.format.integer_scales))
         kept = task.error(validation) < start
@@ -150,6 +149,7 @@ def _train(
     beside: list[nn.Parameter],
     epochs: int,
     sequences: int,
+    generator: torch.Generator,
 ) -> None:
     """Adam with a falling rate, a sequence a step."""
     weights = list(tuned.values())
@@ -164,7 +164,7 @@ def _train(
     steps = epochs * sequences
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.02))
     for _ in range(epochs):
-        for sequence in torch.randperm(sequences).tolist():
+        for sequence in torch.randperm(sequences, generator=generator).tolist():
             with _weights(tuned, layers):
                 optimizer.zero_grad()
                 task.loss(sequence).backward()
@@ -248,13 +248,6 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
         for part, name, buffer in buffers:
             if buffer is not None and buffer.dtype != part._buffers[name].dtype:  # type: ignore[union-attr]
                 part._buffers[name] = buffer
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _float32(value: Any) -> Any:
