@@ -5,6 +5,8 @@ The exact figures are benchmarks (tests/benchmarks); these gates are quick and l
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ def texts(directory: Path) -> tuple[CalibrationConfig, torch.Tensor]:
 def load(directory: Path, **options: Any) -> Any:
     """In float32: few CPUs compute in bfloat16, and the others take several times as long."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+
+
+SPEED = """
+import sys, torch, hf_compress
+from transformers import AutoModelForCausalLM
+from hf_compress.evaluation import measure_speed
+models = {path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in sys.argv[1:]}
+speed = measure_speed(models, prompt_length=64, new_tokens=8, repeats=5)
+print("generated ratio:", speed[sys.argv[2]].generated_ratio)
+"""
+
+
+def generated_ratio(dense: Path, compressed: Path) -> float:
+    """In a process of its own: here the hook of conftest.py checks every annotation at every call of a layer, which
+    takes as long as the layer."""
+    command = [sys.executable, "-c", SPEED, str(dense), str(compressed)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.rpartition("generated ratio:")[2])
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +113,8 @@ def test_three_bits_cost_a_bounded_perplexity(
     layers = [row for row in model.compression_report.modules if row.bytes_after]
     dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size_on_disk(tmp_path).weights < dense_bytes + sum(row.bytes_after for row in layers) + 200_000
-    speed = measure_speed({"dense": load(directory), "codes": model}, prompt_length=64, new_tokens=8, repeats=3)
-    assert speed["codes"].generated_ratio > 0.9  # 1.9 where nothing else runs
+    del model
+    assert generated_ratio(directory, tmp_path) > 0.9  # 1.9 where nothing else runs
 
 
 def test_a_start_without_data_is_quick(directory: Path, dense_perplexity: float, texts: Any) -> None:
