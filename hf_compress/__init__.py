@@ -22,6 +22,8 @@ from .errors import (
 )
 from .methods.codebook import CodebookConfig
 from .methods.modular import ModularDecompositionConfig
+from .methods.pruning import PruningConfig
+from .training import Pruner, PruningCallback
 
 quantizer.register()
 integration.install()
@@ -43,6 +45,9 @@ __all__ = [
     "MlpAnatomy",
     "ModularDecompositionConfig",
     "NumericalError",
+    "Pruner",
+    "PruningCallback",
+    "PruningConfig",
     "ResumeError",
     "UnsupportedModelError",
     "compress",

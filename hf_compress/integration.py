@@ -113,7 +113,14 @@ def _from_pretrained(
         return original(cls, name, *args, **kwargs)
 
     shared = {key: kwargs[key] for key in _SHARED_ARGUMENTS if kwargs.get(key) is not None}
-    _refuse_compressed(name, kwargs.get("config"), shared)
+    if _goes_on(name, kwargs.get("config"), shared, recipe):
+        # The quantizer calls this module, so the engine cannot be imported above.
+        from .engine.compress import compress
+
+        loaded = original(cls, name, *args, **kwargs)
+        with _load_arguments(shared):
+            compress(loaded[0] if isinstance(loaded, tuple) else loaded, recipe, load_arguments=shared)
+        return loaded
     if shared.get("gguf_file"):
         return _from_gguf(original, cls, name, args, kwargs, recipe, shared)
     with _load_arguments(shared):
@@ -127,19 +134,28 @@ def _is_recipe(config: Any) -> bool:
     return isinstance(config, (CompressionConfig, MethodConfig))
 
 
-def _refuse_compressed(name: Any, config: Any, shared: dict[str, Any]) -> None:
-    """Stop before Transformers, which would ignore the recipe with a warning."""
+def _goes_on(name: Any, config: Any, shared: dict[str, Any], recipe: CompressionConfig) -> bool:
+    """Whether a checkpoint is compressed and the recipe is for going on with it.
+
+    Any other compressed checkpoint is refused here: Transformers would ignore the recipe with a warning.
+    """
+    from .engine.compress import continues
+
     if isinstance(config, (str, os.PathLike)):
         name, config = config, None
     if config is None and name is not None and not shared.get("gguf_file"):
         config = AutoConfig.from_pretrained(name, **shared)
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if method == QUANT_METHOD:
+    if method != QUANT_METHOD:
+        return False
+    layout = stored.get("layout") if isinstance(stored, dict) else getattr(stored, "layout", None)
+    if not continues(recipe, layout or []):
         raise ConfigurationError(
             f"{name!r} is compressed already, and a second compression on top of the first is not supported. Load it "
             "without compression_config, or compress its dense original with the recipe that you want."
         )
+    return True
 
 
 def _from_gguf(

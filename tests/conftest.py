@@ -30,7 +30,7 @@ from transformers import (
 # The shapes in the annotations are checked at run time wherever the tests go.
 with install_import_hook("hf_compress", "typechecking.check"):
     import hf_compress
-    from hf_compress import CalibrationConfig, CodebookConfig, ModularDecompositionConfig
+    from hf_compress import CalibrationConfig, CodebookConfig, ModularDecompositionConfig, PruningConfig
 
 VOCABULARY = 96
 
@@ -152,6 +152,7 @@ def compressed(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -
 METHODS: dict[str, Callable[[], Any]] = {
     "modular": lambda: recipe(kinds=ALL_KINDS),
     "codebook": lambda: CodebookConfig(bits=3, rows_per_codebook=8, calibration=calibration()),
+    "pruning": lambda: PruningConfig(sparsity=0.8, scope="layer", calibration=calibration()),
 }
 
 

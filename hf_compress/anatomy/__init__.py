@@ -3,6 +3,7 @@
 from .model import (
     MATRICES,
     ModelAnatomy,
+    dense_rows,
     join,
     read_attribute,
     require_decoder,
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionAnatomy",
     "MlpAnatomy",
     "ModelAnatomy",
+    "dense_rows",
     "find_record",
     "join",
     "known_model_types",

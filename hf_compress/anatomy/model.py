@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
@@ -24,6 +25,12 @@ def weight_count(module: Any) -> int:
     """Weights of the dense layer that a module is or stands for."""
     count = getattr(module, "dense_weights", None)
     return int(module.weight.numel() if count is None else count)
+
+
+def dense_rows(dense: nn.Module) -> Float[Tensor, "rows columns"]:
+    """The weight of a dense layer as a matrix: a row is an output, a filter or a token."""
+    weight: Tensor = dense.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(dense, Conv1D) else weight.flatten(start_dim=1)
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:

@@ -27,6 +27,8 @@ class AttentionAnatomy:
         softcap: attribute that holds the logit softcap, passed on as `softcap=`.
         sliding_window: attribute that holds the window, passed on as `sliding_window=`.
         dropout: attribute that holds the dropout probability.
+        fixed_heads: the class takes the number of heads from the config, not from the projections' sizes: no head can
+            be removed.
     """
 
     path: str = "self_attn"
@@ -44,6 +46,7 @@ class AttentionAnatomy:
     softcap: str | None = None
     sliding_window: str | None = None
     dropout: str = "attention_dropout"
+    fixed_heads: bool = False
 
     @property
     def projections(self) -> tuple[str, str, str, str]:
@@ -155,7 +158,9 @@ register_anatomy(
     Anatomy(
         model_types=("opt",),
         blocks="decoder.layers",
-        attention=AttentionAnatomy(output="out_proj", rotary=None, query_prescaled=True, dropout="dropout"),
+        attention=AttentionAnatomy(
+            output="out_proj", rotary=None, query_prescaled=True, dropout="dropout", fixed_heads=True
+        ),
         mlp=MlpAnatomy(
             path="",
             up="fc1",

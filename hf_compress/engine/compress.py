@@ -23,7 +23,7 @@ from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
 from .distributed import Outcome, on_one_process
-from .registry import create_method
+from .registry import create_method, method_class
 from .report import CompressionReport, ModuleReport
 from .resume import ResumePoint, model_checksum
 from .session import Method, Session
@@ -62,10 +62,12 @@ def compress(
         ResumeError: a working directory of another run.
     """
     recipe = CompressionConfig.wrap(config)
-    _require_dense(model)
+    goes_on = continues(recipe, layout_of(model))
+    _require_dense(model, goes_on)
     anatomy, methods, sources = prepare(model, recipe, calibration)
     _require_finite_weights(model)
     base = str(getattr(model.config, "name_or_path", "") or "")
+    earlier = _reopen(model, recipe) if goes_on else []
 
     def run() -> Outcome:
         return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
@@ -75,8 +77,23 @@ def compress(
         report, provenance, _ = on_one_process(model, run)
         for method in methods:
             method.finish()
-    _attach(model, recipe, report, provenance)
+    attach_result(model, {"stages": [*earlier, *recipe.to_dict()["stages"]]}, report, provenance)
     return model
+
+
+def continues(recipe: CompressionConfig, layout: list[dict[str, Any]]) -> bool:
+    """Whether a recipe is for a model that is compressed already, by what its first method has made before."""
+    types = {entry.get("type") for entry in layout}
+    return bool(types) and types <= set(method_class(recipe.stages[0]).continues)
+
+
+def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str, Any]]:
+    """Make a compressed model dense for a method that goes on with it; the stages that have been."""
+    stages: list[dict[str, Any]] = list(model.config.quantization_config.recipe.get("stages", []))
+    method_class(recipe.stages[0]).reopen(model)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.__dict__.pop("compression_report", None)
+    return stages
 
 
 @contextmanager
@@ -138,18 +155,13 @@ def _run(
     working_directory: str | Path | None,
     base: str,
 ) -> Outcome:
-    before = _count(model, anatomy)
+    before = count_weights(anatomy)
     checksum = model_checksum(model) if working_directory is not None else None
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}
     left_alone: list[str] = []
     changed: list[str] = []
-    provenance: dict[str, Any] = {
-        "base_model": base if _is_hub_id(base) else Path(base).name,
-        "base_commit": getattr(model.config, "_commit_hash", None),
-        "versions": {name: version(name) for name in ("hf_compress", "torch", "transformers")},
-        "calibration": [],
-    }
+    provenance = describe_run(base, model)
     for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
         # The stage before may have changed the structure: a method looks at the model as it is now.
         method = create_method(stage, anatomy)
@@ -174,9 +186,19 @@ def _run(
         if data is not None:
             notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
-    after = _count(model, anatomy)
+    after = count_weights(anatomy)
     report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
     return report, provenance, changed
+
+
+def describe_run(base: str, model: PreTrainedModel) -> dict[str, Any]:
+    """The provenance of a compression, before any data is read."""
+    return {
+        "base_model": base if _is_hub_id(base) else Path(base).name,
+        "base_commit": getattr(model.config, "_commit_hash", None),
+        "versions": {name: version(name) for name in ("hf_compress", "torch", "transformers")},
+        "calibration": [],
+    }
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
@@ -184,17 +206,20 @@ def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> 
     kept = resume.decisions
     if kept is None:
         method.survey(session)
-        resume.keep_decisions({"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone})
+        found = method.decisions()
+        if found is not None:
+            resume.keep_decisions({"method": found, "notes": session.notes, "left_alone": session.left_alone})
     else:
         method.restore(kept["method"])
         session.notes.update(kept["notes"])
         session.left_alone.extend(kept["left_alone"])
 
 
-def _attach(
-    model: PreTrainedModel, recipe: CompressionConfig, report: CompressionReport, provenance: dict[str, Any]
+def attach_result(
+    model: PreTrainedModel, recipe: dict[str, Any], report: CompressionReport, provenance: dict[str, Any]
 ) -> None:
-    """The report, and, if any module of ours is in the model, the quantizer that saves and loads it."""
+    """The report of a recipe (as JSON), and, if modules of ours are in the model, the quantizer that saves and loads
+    it."""
     # The quantizer calls this module, so it cannot be imported above.
     from ..quantizer import CompressedModelConfig, CompressionQuantizer
 
@@ -207,7 +232,7 @@ def _attach(
             model.hf_quantizer.remove_quantization_config(model)
         return
     stored = CompressedModelConfig(
-        recipe=recipe.to_dict(), layout=layout_of(model), provenance={**provenance, "report": report.to_dict()}
+        recipe=recipe, layout=layout_of(model), provenance={**provenance, "report": report.to_dict()}
     )
     CompressionQuantizer(stored, pre_quantized=True).attach(model)
 
@@ -268,7 +293,7 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
 
 
-def _require_dense(model: PreTrainedModel) -> None:
+def _require_dense(model: PreTrainedModel, goes_on: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a Transformers model (PreTrainedModel), got {type(model).__name__}. "
@@ -279,7 +304,7 @@ def _require_dense(model: PreTrainedModel) -> None:
             "an earlier compression of this model was interrupted or failed, and some of its blocks are compressed. "
             "Load the dense model again; with the same working_directory the run goes on where it stopped."
         )
-    if layout_of(model):
+    if layout_of(model) and not goes_on:
         raise ConfigurationError(
             "the model is compressed already, and a second compression on top of the first is not supported. "
             "Compress the dense original with the recipe that you want."
@@ -305,14 +330,21 @@ def _require_finite_weights(model: nn.Module) -> None:
             raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
 
 
-def _count(model: nn.Module, anatomy: ModelAnatomy) -> tuple[int, int, int]:
+def count_weights(anatomy: ModelAnatomy) -> tuple[int, int, int]:
     """Weights of the blocks' matrices, weights of the model (tied once), and the bytes of what is stored of it."""
-    matrices = sum(weight_count(model.get_submodule(path)) for path in anatomy.linear_paths())
+    model: nn.Module = anatomy.model
+    matrices = sum(_weights_left(model.get_submodule(path)) for path in anatomy.linear_paths())
     # A matrix kept as codes has no parameter and still its weights; tables that are trained are none of the model's.
     packed = [module for module in model.modules() if getattr(module, "packs_weight", False)]
-    coded = sum(weight_count(module) for module in packed)
+    coded = sum(_weights_left(module) for module in packed)
     tables = {id(p) for module in packed for name, p in module.named_parameters(recurse=False) if name != "bias"}
     dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
+    stored = {(tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}.values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored)
     return matrices, coded + dense, size
+
+
+def _weights_left(module: nn.Module) -> int:
+    """Weights that a module has or its codes stand for; zeros that are not stored do not count."""
+    kept = getattr(module, "kept_weights", None)
+    return weight_count(module) if kept is None else int(kept)

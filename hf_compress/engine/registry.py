@@ -19,8 +19,13 @@ def register_method(method: MethodType) -> MethodType:
     return method
 
 
-def create_method(config: MethodConfig, anatomy: ModelAnatomy) -> Method[Any, Any]:
-    """The method for a configuration, checked against the model. Raises `ConfigurationError`."""
+def method_class(config: MethodConfig) -> type[Method[Any, Any]]:
+    """The class for a configuration. Raises `ConfigurationError` where there is none."""
     if type(config) not in _METHODS:
         raise ConfigurationError(f"no method is registered for {type(config).__name__}.")
-    return _METHODS[type(config)](config, anatomy)
+    return _METHODS[type(config)]
+
+
+def create_method(config: MethodConfig, anatomy: ModelAnatomy) -> Method[Any, Any]:
+    """The method for a configuration, checked against the model. Raises `ConfigurationError`."""
+    return method_class(config)(config, anatomy)

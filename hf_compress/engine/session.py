@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..anatomy import ModelAnatomy
 from ..configuration import MethodConfig
@@ -94,6 +95,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     config_class: ClassVar[type[MethodConfig]]
     #: Whether the method looks at data at all; without, `compress` needs no calibration.
     needs_calibration: bool = True
+    #: Types of modules in the layout of a model that this method goes on with, after `reopen`.
+    continues: ClassVar[tuple[str, ...]] = ()
     #: Whether a block's inputs come from the blocks compressed before it rather than from the dense model.
     sequential: bool = False
 
@@ -101,6 +104,15 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
         """Check the recipe against the model, before any data is read. Raises `ConfigurationError`."""
         self.config = config
         self.anatomy = anatomy
+
+    @staticmethod
+    def reopen(model: PreTrainedModel) -> None:
+        """Make the modules of `continues` dense again, without forgetting what they must keep."""
+
+    @property
+    def collects(self) -> bool:
+        """Whether the blocks have to run for their statistics."""
+        return self.needs_calibration
 
     @abstractmethod
     def expect(self) -> Expectation:
@@ -110,8 +122,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
         """One cheap pass for what must be known of all blocks before the first is touched; then allocate."""
 
     @abstractmethod
-    def decisions(self) -> dict[str, Any]:
-        """What the survey decided, as plain JSON: kept with the resume point."""
+    def decisions(self) -> dict[str, Any] | None:
+        """What the survey decided, as plain JSON: kept with the resume point. `None`: survey again."""
 
     @abstractmethod
     def restore(self, decisions: dict[str, Any]) -> None:

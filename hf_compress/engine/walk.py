@@ -23,7 +23,7 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
     """
     anatomy = session.anatomy
     blocks = range(len(anatomy))
-    pending = [block for block in blocks if not resume.has(block)] if method.needs_calibration else []
+    pending = [block for block in blocks if not resume.has(block)] if method.collects else []
     last_pending = pending[-1] if pending else -1
     # Without data, or with every block finished, nothing runs.
     stream = session.stream(session.batches if pending else [])

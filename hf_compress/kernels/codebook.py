@@ -6,8 +6,8 @@ and torch.export trace through them, and gradients to the input, the bias, the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import products
 from .matrix import CodebookMatrix, check_matrix
+from .operators import any_requires_grad, is_eager, operator
 from .packing import pack_codes, unpack_codes, words_per_row
 
 __all__ = [
@@ -38,7 +39,7 @@ def codebook_linear(x: Float[Tensor, "*batch columns"], matrix: CodebookMatrix, 
         ConfigurationError: shapes, dtypes or devices that do not fit.
         CompressionError: `row_codebook` names a codebook that is not there.
     """
-    if _direct(x) and not (torch.is_grad_enabled() and _any_requires_grad(x, bias, *matrix)):
+    if x.is_cpu and is_eager(x) and not any_requires_grad(x, bias, *matrix):
         return products.linear(x, matrix, bias)
     result: Tensor = torch.ops.hf_compress.codebook_linear(
         x, *matrix[:3], matrix.row_scales, matrix.row_codebook, bias, *matrix[3:6]
@@ -56,41 +57,10 @@ def dequantize(
     return result
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether the kernel may be called past torch's dispatcher, which takes longer than a small product."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def _any_requires_grad(*values: Any) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
-
-
 # The operators take the fields of a CodebookMatrix one by one: five tensors, then three numbers.
 _TENSORS = "Tensor packed, Tensor codebooks, Tensor scales, Tensor? row_scales, Tensor? row_codebook"
 _NUMBERS = "int bits, int columns, int column_group"
 _FIELDS = 8
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Decorator: define an operator with this implementation for all devices and `fake` for tracing."""
-
-    def decorate(function: _Function) -> _Function:
-        qualified = f"hf_compress::{name}"
-        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "default", function)
-        torch.library.register_fake(qualified, fake)
-        return function
-
-    return decorate
 
 
 def _matrix(arguments: tuple[Any, ...]) -> CodebookMatrix:
@@ -104,7 +74,7 @@ def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], matrix.rows))
 
 
-@_operator("codebook_linear", f"(Tensor x, {_TENSORS}, Tensor? bias, {_NUMBERS}) -> Tensor", _linear_fake)
+@operator("codebook_linear", f"(Tensor x, {_TENSORS}, Tensor? bias, {_NUMBERS}) -> Tensor", _linear_fake)
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return products.linear(x, _matrix((*arguments[:5], *arguments[6:])), arguments[5])
 
@@ -115,7 +85,7 @@ def _dequantize_fake(*arguments: Any) -> Tensor:
     return matrix.packed.new_empty((last - first, matrix.columns), dtype=dtype)
 
 
-@_operator(
+@operator(
     "codebook_dequantize",
     f"({_TENSORS}, {_NUMBERS}, ScalarType dtype, int first, int? last) -> Tensor",
     _dequantize_fake,
@@ -128,7 +98,7 @@ def _input_gradient_fake(gradient: Tensor, *arguments: Any) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], _matrix(arguments).columns))
 
 
-@_operator("codebook_input_gradient", f"(Tensor gradient, {_TENSORS}, {_NUMBERS}) -> Tensor", _input_gradient_fake)
+@operator("codebook_input_gradient", f"(Tensor gradient, {_TENSORS}, {_NUMBERS}) -> Tensor", _input_gradient_fake)
 def _input_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
     return products.input_gradient(gradient, _matrix(arguments))
 
@@ -142,7 +112,7 @@ def _table_gradients_fake(gradient: Tensor, x: Tensor | None, *arguments: Any) -
     return to_codebooks, nothing, torch.empty_like(row_scales, dtype=torch.float32)
 
 
-@_operator(
+@operator(
     "codebook_table_gradients",
     f"(Tensor gradient, Tensor? x, {_TENSORS}, {_NUMBERS}, int first) -> (Tensor, Tensor, Tensor)",
     _table_gradients_fake,

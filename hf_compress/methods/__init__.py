@@ -1,5 +1,5 @@
 """The compression methods. Importing this package registers them."""
 
-from . import codebook, modular
+from . import codebook, modular, pruning
 
-__all__ = ["codebook", "modular"]
+__all__ = ["codebook", "modular", "pruning"]

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import ModelAnatomy
+from ...anatomy import ModelAnatomy, dense_rows
 from ...engine.blocks import Batch, model_inputs, real_tokens, take_tokens, text_positions
 from ...engine.session import Session
 from . import mathematics
 from .configuration import CodebookConfig
-from .modules import dense_rows
 from .statistics import patches
 
 CHOICES = (2, 3, 4)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...anatomy import ModelAnatomy, weight_count
+from ...anatomy import ModelAnatomy, dense_rows, weight_count
 from ...engine.blocks import BlockStream, run_until
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
@@ -21,7 +21,7 @@ from . import mathematics
 from .allocation import allocate_bits, estimate_losses
 from .configuration import TERNARY, CodebookConfig
 from .learning import code_matrices
-from .modules import coded_layer, dense_rows
+from .modules import coded_layer
 from .parts import Part, format_of, parts_of_block, parts_outside
 from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block

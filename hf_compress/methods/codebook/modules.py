@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
 from ...layout import register_module_type
@@ -16,12 +17,6 @@ from .coded import Coded
 from .weight import CodebookFormat, PackedWeight
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
-
-
-def dense_rows(dense: nn.Module) -> Float[Tensor, "rows columns"]:
-    """The weight of a dense layer as a matrix: a row is an output, a filter or a token."""
-    weight: Tensor = dense.weight.detach()  # type: ignore[operator]
-    return weight.T if isinstance(dense, Conv1D) else weight.flatten(start_dim=1)
 
 
 def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, device: Any = None) -> Any:

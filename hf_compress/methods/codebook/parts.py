@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...anatomy import ModelAnatomy
+from ...anatomy import ModelAnatomy, dense_rows
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
 from .configuration import CODED_KINDS, OUTSIDE, Bits, CodebookConfig, CodedKind
-from .modules import coded_layer, dense_rows
+from .modules import coded_layer
 from .weight import CodebookFormat
 
 

@@ -1,0 +1,127 @@
+"""How a pruned matrix is kept: the positions of its weights, and their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor
+
+from ...layout import checked_size
+from .configuration import Values
+from .positions import PositionKind, encode, stream_bytes
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+# Smaller numbers than this have fewer digits in float16.
+SMALLEST_HALF = 2.0**-14
+
+
+@dataclass(frozen=True)
+class SparseFormat:
+    """What the spec of a sparse layer says.
+
+    Args:
+        nonzeros: weights that are kept.
+        positions: how their places are written.
+        stream: bytes of the places.
+        values: how the values are written: a dtype, or "int8" with one bfloat16 scale a row.
+    """
+
+    nonzeros: int
+    positions: PositionKind
+    stream: int
+    values: str
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.values == "int8"
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "nonzeros": self.nonzeros,
+            "positions": self.positions,
+            "stream": self.stream,
+            "values": self.values,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], rows: int, columns: int) -> SparseFormat:
+        """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
+        unknown = set(spec) - {"nonzeros", "positions", "stream", "values"}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        size = rows * columns
+        # A matrix of which nothing is left is one.
+        nonzeros = spec["nonzeros"] and checked_size(spec, "nonzeros", size)
+        positions, stream, values = spec["positions"], spec["stream"], spec["values"]
+        if positions not in get_args(PositionKind):
+            raise ValueError(f"`positions` must be one of {get_args(PositionKind)}, got {positions!r}")
+        if values not in DTYPES:
+            raise ValueError(f"`values` must be one of {sorted(DTYPES)}, got {values!r}")
+        if not isinstance(stream, int) or isinstance(stream, bool):
+            raise ValueError(f"`stream` must be a number of bytes, got {stream!r}")
+        fewest, most = stream_bytes(positions, nonzeros, size)
+        if not fewest <= stream <= most:
+            raise ValueError(f"`stream` of {stream} bytes cannot hold the places of {nonzeros} of {size} weights")
+        if positions == "all" and nonzeros != size:
+            raise ValueError(f"`positions` names every place, and only {nonzeros} of {size} weights are kept")
+        return cls(nonzeros, positions, stream, values)
+
+
+@dataclass(frozen=True)
+class SparseMatrix:
+    """A matrix as it is stored.
+
+    Args:
+        format: how.
+        stream: the places.
+        values: the kept weights as written, row by row.
+        scales: of the rows of int8 values.
+    """
+
+    format: SparseFormat
+    stream: Tensor
+    values: Tensor
+    scales: Tensor | None
+
+
+def store(
+    weight: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"], values: Values, dtype: torch.dtype
+) -> SparseMatrix:
+    """A matrix and the mask of what is kept of it, in the smallest form.
+
+    Args:
+        dtype: of the model, which "auto" goes by.
+    """
+    size, kept = mask.numel(), mask.reshape(-1).nonzero().squeeze(1)
+    flat = weight.detach().reshape(-1)[kept]
+    kind, stream = encode(kept, size)
+    written = choose_dtype(flat, dtype) if values == "auto" else values
+    scales = None
+    if written == "int8":
+        rows = torch.div(kept, weight.shape[1], rounding_mode="floor")
+        flat, scales = to_int8(flat.float(), rows, len(weight))
+    else:
+        flat = flat.to(DTYPES[written])
+    return SparseMatrix(SparseFormat(len(kept), kind, len(stream), written), stream, flat, scales)
+
+
+def choose_dtype(values: Float[Tensor, "nonzeros"], dtype: torch.dtype) -> str:
+    """float16, or bfloat16 for models in it and for weights outside float16's range."""
+    if dtype == torch.bfloat16 or not len(values):
+        return "bfloat16" if dtype == torch.bfloat16 else "float16"
+    sizes = values.abs()
+    fits = sizes.max() <= torch.finfo(torch.float16).max and sizes.median() >= SMALLEST_HALF
+    return "float16" if fits else "bfloat16"
+
+
+def to_int8(
+    values: Float[Tensor, "nonzeros"], rows: Tensor, count: int
+) -> tuple[Int8[Tensor, "nonzeros"], Float[Tensor, "rows"]]:
+    """Whole multiples of a row's scale, which is its largest weight over 127 in bfloat16."""
+    largest = torch.zeros(count, device=values.device).scatter_reduce_(0, rows, values.abs(), "amax")
+    scales = (largest / 127).to(torch.bfloat16)
+    steps = values / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[rows]
+    return steps.round().clamp(-127, 127).to(torch.int8), scales

@@ -1,0 +1,115 @@
+"""Scores that a training gathers, step by step, in buffers beside the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import NumericalError
+from . import mathematics
+from .configuration import PruningConfig
+from .masks import SCORE, START
+
+
+class Gathering:
+    """The criterion's view of a training.
+
+    Args:
+        config: criterion and its constants.
+        modules: the dense modules that are pruned, by path.
+
+    Attributes:
+        skipped: steps whose gradients were not finite, and left no trace.
+        terms: sums of |w·g| and of α w² when `"snip_magnitude"` was last worked out.
+    """
+
+    def __init__(self, config: PruningConfig, modules: dict[str, nn.Module]) -> None:
+        self.config, self.modules = config, modules
+        self.skipped = 0
+        self.terms: tuple[float, float] | None = None
+        for module in modules.values():
+            weight = module.get_parameter("weight")
+            if config.criterion in ("sensitivity", "movement"):
+                module.register_buffer(SCORE, torch.zeros_like(weight, dtype=torch.float32))
+            elif config.criterion == "delta":
+                module.register_buffer(START, weight.detach().clone())
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """Of the step just made; `None`, and counted, where one is not finite.
+
+        Raises:
+            NumericalError: there are none: the matrices are frozen, or the gradients were cleared before.
+        """
+        found: dict[str, Tensor] = {}
+        for path, module in self.modules.items():
+            gradient = module.get_parameter("weight").grad
+            if gradient is None:
+                raise NumericalError(
+                    f"{path!r} has no gradient. Call update() after optimizer.step() and before "
+                    "optimizer.zero_grad(), and let the matrices of the blocks train."
+                )
+            found[path] = gradient
+        if all(bool(torch.isfinite(gradient).all()) for gradient in found.values()):
+            return found
+        self.skipped += 1
+        return None
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take in a step."""
+        if self.config.criterion not in ("sensitivity", "movement"):
+            return
+        gradients = self.gradients()
+        if gradients is None:
+            return
+        for path, gradient in gradients.items():
+            module = self.modules[path]
+            product, score = module.get_parameter("weight").float() * gradient, module.get_buffer(SCORE)
+            if self.config.criterion == "movement":
+                score.sub_(product)
+            else:
+                score.mul_(self.config.decay).add_(product.abs_(), alpha=1 - self.config.decay)
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor] | None:
+        """As they are now, the same on all processes; `None` where this step's gradients say nothing."""
+        scores = self._own_scores()
+        if scores is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for path, score in scores.items():
+                mean = score.clone() if score is self.modules[path]._buffers.get(SCORE) else score
+                torch.distributed.all_reduce(mean)
+                scores[path] = mean / torch.distributed.get_world_size()
+        return scores
+
+    def _own_scores(self) -> dict[str, Tensor] | None:
+        config = self.config
+        if config.criterion in ("sensitivity", "movement"):
+            return {path: module.get_buffer(SCORE) for path, module in self.modules.items()}
+        weights = {path: module.get_parameter("weight").detach().float() for path, module in self.modules.items()}
+        if config.criterion == "magnitude":
+            return {path: weight.abs() for path, weight in weights.items()}
+        if config.criterion == "delta":
+            return {path: (w - self.modules[path].get_buffer(START).float()).abs() for path, w in weights.items()}
+        if config.criterion == "random":
+            # The same numbers every time: what is pruned stays pruned.
+            generator = torch.Generator().manual_seed(config.seed)
+            return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}
+        gradients = self.gradients()
+        if gradients is None:
+            return None
+        if config.criterion == "gradient":
+            return {path: gradient.float().abs() for path, gradient in gradients.items()}
+        if config.criterion == "snip":
+            return {path: (weight * gradients[path]).abs() for path, weight in weights.items()}
+        scores, sums = {}, [0.0, 0.0]
+        for path, weight in weights.items():
+            found = mathematics.snip_magnitude(weight, gradients[path], config.magnitude_weight, config.normalize)
+            scores[path], sums = found[0], [sums[0] + found[1], sums[1] + found[2]]
+        self.terms = (sums[0], sums[1])
+        return scores
+
+    def close(self) -> None:
+        """Free what was gathered."""
+        for module in self.modules.values():
+            for name in (SCORE, START):
+                module._buffers.pop(name, None)

@@ -1,0 +1,99 @@
+"""Masks on dense modules: how a model is pruned while it is trained.
+
+The modules stay as they are, so that the optimizer's parameters stay the model's. What is kept stands beside the
+weight in a buffer, and what a criterion has gathered in another: both are part of the state dict, so that checkpoints
+of a training hold them and resuming from anywhere restores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy import dense_rows
+from .configuration import Values
+from .format import store
+from .modules import SparseLinear
+
+MASK, SCORE, START = "pruning_mask", "pruning_score", "pruning_start"
+BUFFERS = (MASK, SCORE, START)
+# What a model whose sparse layers were opened keeps of its quantizer, for the time of a training.
+OPENED = "_hf_compress_opened"
+
+
+def mask_of(module: nn.Module) -> Bool[Tensor, "*shape"] | None:
+    """What is kept of a dense module's weight, in the weight's shape."""
+    return module._buffers.get(MASK)
+
+
+def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The dense modules with masks, by path."""
+    return {path: module for path, module in model.named_modules() if mask_of(module) is not None}
+
+
+def attach_masks(modules: Iterable[nn.Module]) -> None:
+    """Give modules that have none a mask that keeps everything."""
+    for module in modules:
+        if mask_of(module) is None:
+            weight = module.get_parameter("weight")
+            module.register_buffer(MASK, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+
+
+@torch.no_grad()
+def apply_masks(modules: Iterable[nn.Module]) -> None:
+    """Set to zero what the masks leave out: neither momentum nor weight decay brings it back."""
+    for module in modules:
+        mask = mask_of(module)
+        if mask is not None:
+            module.get_parameter("weight").mul_(mask)
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Take off masks and all that criteria gathered."""
+    for module in model.modules():
+        for name in BUFFERS:
+            module._buffers.pop(name, None)
+
+
+def open_layers(model: PreTrainedModel) -> None:
+    """Dense modules with masks in place of sparse layers, as a training or another pruning needs them."""
+    found = [(path, module) for path, module in model.named_modules() if type(module) is SparseLinear]
+    if not found:
+        return
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    for path, layer in found:
+        dense = skeleton.get_submodule(path)
+        opened = _dense_module(layer, dense)
+        opened.train(layer.training)
+        model.set_submodule(path, opened)
+
+
+@torch.no_grad()
+def _dense_module(layer: SparseLinear, dense: nn.Module) -> nn.Module:
+    transposed = isinstance(dense, Conv1D)
+    weight, mask = layer.matrix(), layer.mask()
+    kept: dict[str, Any] = {"weight": weight.T.contiguous() if transposed else weight}
+    if layer.bias is not None:
+        kept["bias"] = layer.bias.detach()
+    dense.to(weight.dtype).to_empty(device=weight.device)
+    dense.load_state_dict(kept)
+    dense.register_buffer(MASK, mask.T.contiguous() if transposed else mask)
+    wanted = layer.values.requires_grad or not isinstance(layer.values, nn.Parameter)
+    for parameter in dense.parameters():
+        parameter.requires_grad_(wanted)
+    return dense
+
+
+@torch.no_grad()
+def sparse_layer(module: nn.Module, mask: Bool[Tensor, "*shape"], values: Values) -> SparseLinear:
+    """The sparse layer in place of a dense module, for a mask in the shape of its weight."""
+    rows = mask.T if isinstance(module, Conv1D) else mask
+    weight = dense_rows(module)
+    return SparseLinear.in_place_of(module, store(weight, rows, values, weight.dtype))

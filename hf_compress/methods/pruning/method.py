@@ -1,0 +1,196 @@
+"""Pruning as the engine runs it: scores of all matrices, masks under one exact count, then block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy import ModelAnatomy, dense_rows
+from ...engine.blocks import real_tokens
+from ...engine.registry import register_method
+from ...engine.report import ModuleReport
+from ...engine.session import BlockResult, Expectation, Method, Session
+from ...errors import ConfigurationError, NumericalError
+from .configuration import PruningConfig
+from .format import DTYPES
+from .masks import open_layers, sparse_layer
+from .mathematics import keep_best, keep_best_of_rows, kept_count
+from .modules import SparseLinear
+from .parts import Part, prunable_parts
+from .positions import ESCAPE
+from .scores import pruned_before, score_matrices
+from .selection import select, sparsity_of
+from .structured import Structure, removable_groups
+
+# Sums of squares of the inputs of a block's matrices.
+Energies = dict[str, Float[Tensor, "columns"]]
+
+
+@register_method
+class Pruning(Method[PruningConfig, Energies | None]):
+    """Single weights, or whole heads and columns, by a score."""
+
+    config_class = PruningConfig
+    continues = (SparseLinear.layout_type,)
+
+    def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
+        super().__init__(config, anatomy)
+        self._check_untrained(config)
+        self.needs_calibration = config.needs_data
+        self.sequential = config.criterion == "wanda"
+        self.parts, self.left_alone = prunable_parts(config, anatomy)
+        self.structure: Structure | None = None
+        if config.structured:
+            self.structure = removable_groups(anatomy, self.parts)
+            inside = {path for group in self.structure.groups for path in group.paths}
+            self.left_alone += [f"{part.path}: no head or column" for part in self.parts if part.path not in inside]
+        self.masks: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] | None = None
+
+    @property
+    def collects(self) -> bool:
+        return self.config.criterion == "wanda"
+
+    @staticmethod
+    def _check_untrained(config: PruningConfig) -> None:
+        """What only a training can do. Raises `ConfigurationError`."""
+        reason = None
+        if config.criterion == "movement":
+            reason = '`criterion="movement"` sums over the steps of a training'
+        elif config.schedule == "cubic":
+            reason = '`schedule="cubic"` prunes step by step'
+        elif config.warmup_steps:
+            reason = "`warmup_steps` trains the head first"
+        if reason is not None:
+            raise ConfigurationError(
+                f"PruningConfig: {reason}, and here nothing is trained. Give the configuration to a Trainer: "
+                "callbacks=[hf_compress.PruningCallback(config)]."
+            )
+        if config.criterion == "delta" and config.base_model is None:
+            raise ConfigurationError(
+                'PruningConfig: `criterion="delta"` needs `base_model`, the checkpoint that this model was tuned '
+                "from; or give the configuration to a Trainer: callbacks=[hf_compress.PruningCallback(config)]."
+            )
+        if config.criterion == "wanda" and config.compared == "global":
+            raise ConfigurationError(
+                'PruningConfig: `criterion="wanda"` compares within rows or layers, not globally.'
+            )
+
+    @staticmethod
+    def reopen(model: PreTrainedModel) -> None:
+        open_layers(model)
+
+    def expect(self) -> Expectation:
+        model, config = self.anatomy.model, self.config
+        weights = {part.path: dense_rows(model.get_submodule(part.path)) for part in self.parts}
+        total = sum(weight.numel() for weight in weights.values())
+        if self.structure is not None:
+            return Expectation(round(config.sparsity * total), 0, 0)
+        kept, width = kept_count(total, config.sparsity), next(iter(weights.values())).element_size()
+        name = config.values
+        value_bytes = 2 if name == "auto" else DTYPES[name].itemsize
+        scales = 2 * sum(len(weight) for weight in weights.values()) if name == "int8" else 0
+        # Gaps with an escape for every 255 zeros, or a bit mask; where all are kept there are no positions.
+        positions = min(kept + (total - kept) // ESCAPE, -(-total // 8)) if kept < total else 0
+        stored = kept * value_bytes + positions + scales
+        energies = sum(8 * weight.shape[1] for weight in weights.values()) if config.criterion == "wanda" else 0
+        gradients = 4 * total if config.needs_gradients else 0
+        return Expectation(total - kept, 0, energies + gradients, saved_bytes=kept * width - stored)
+
+    def survey(self, session: Session) -> None:
+        session.left_alone.extend(self.left_alone)
+        paths = [part.path for part in self.parts]
+        self.before = pruned_before(self.anatomy, paths)
+        if self.config.criterion == "wanda":
+            return
+        scores = score_matrices(session, self.config, paths)
+        if self.structure is not None:
+            self.structure.choose(scores, self.config.sparsity, self.config.compared)
+            session.notes["removed_share"] = round(self.structure.removed_share(), 4)
+            return
+        transposed = [path for path in paths if isinstance(self.anatomy.model.get_submodule(path), Conv1D)]
+        try:
+            self.masks = select(scores, self.config.sparsity, self.config.compared, self.before, transposed)
+        except NumericalError as failure:
+            raise NumericalError(f"criterion {self.config.criterion!r}: {failure}.") from failure
+        session.notes["sparsity"] = round(sparsity_of(list(self.masks.values())), 6)
+
+    def decisions(self) -> None:
+        """The masks are as large as the model: an interrupted run surveys again, which takes most of its time anyway,
+        and finds the same."""
+        return None
+
+    def restore(self, decisions: dict[str, Any]) -> None:
+        raise AssertionError("nothing was kept")
+
+    def collect(self, block: int) -> AbstractContextManager[Energies | None]:
+        if not self.collects:
+            return nullcontext()
+        paths = [part.path for part in self.parts if part.block == block]
+        return _input_energies(self.anatomy.model, paths)
+
+    def compress_block(self, block: int, statistics: Energies | None) -> BlockResult:
+        if self.structure is not None:
+            return self.structure.compress_block(block)
+        result = BlockResult({}, [])
+        for part in self.parts:
+            if part.block != block:
+                continue
+            module = self.anatomy.model.get_submodule(part.path)
+            mask = self.masks.pop(part.path) if statistics is None else self._wanda(part, module, statistics)
+            result.modules[part.path] = layer = sparse_layer(module, mask, self.config.values)
+            result.rows.append(report_row(part, module, layer))
+        return result
+
+    def _wanda(self, part: Part, module: nn.Module, statistics: Energies) -> Tensor:
+        """M. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695)."""
+        weight = dense_rows(module).float()
+        score = weight.abs() * statistics[part.path].sqrt().to(weight)
+        among = None if self.before is None else self.before[part.path]
+        among = among.T if among is not None and isinstance(module, Conv1D) else among
+        try:
+            if self.config.compared == "row":
+                mask = keep_best_of_rows(score, kept_count(weight.shape[1], self.config.sparsity), among)
+            else:
+                kept = kept_count(weight.numel(), self.config.sparsity)
+                mask = keep_best([score], kept, None if among is None else [among])[0]
+        except NumericalError as failure:
+            raise NumericalError(f"{part.path}: {failure}.") from failure
+        return mask.T if isinstance(module, Conv1D) else mask
+
+
+def report_row(part: Part, module: nn.Module, layer: SparseLinear) -> ModuleReport:
+    """A matrix in the report; the error is that of the weights, relative and squared."""
+    weight = dense_rows(module).double()
+    lost = (weight - layer.matrix().detach().to(weight)).square().sum() / weight.square().sum().clamp_min(1e-300)
+    count, bytes_before = weight.numel(), weight.numel() * dense_rows(module).element_size()
+    kept = layer.format.nonzeros
+    sizes = (1.0, float(f"{layer.density:.4g}"))
+    return ModuleReport(
+        part.block, part.path, part.kind, *sizes, count, kept, float(lost), bytes_before, layer.stored_bytes()
+    )
+
+
+@contextmanager
+def _input_energies(model: nn.Module, paths: list[str]) -> Iterator[Energies]:
+    energies: Energies = {}
+
+    def add(path: str, states: Tensor) -> None:
+        found = real_tokens(states.detach()).double().square().sum(dim=0)
+        energies[path] = energies[path] + found if path in energies else found
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs[0]))
+        for path in paths
+    ]
+    try:
+        yield energies
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,220 @@
+"""Scores of a model's matrices without a training: from the weights, a base checkpoint, or gradients on batches."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import ModelAnatomy
+from ...engine.blocks import Batch, model_inputs
+from ...engine.session import Session
+from ...errors import CalibrationError, ConfigurationError, NumericalError
+from . import mathematics
+from .configuration import PruningConfig
+from .masks import mask_of
+
+Scores = dict[str, Tensor]
+
+
+def score_matrices(session: Session, config: PruningConfig, paths: Sequence[str]) -> Scores:
+    """A score for every weight of the matrices at `paths`, in the weights' shapes; what is pruned already has none.
+
+    Raises:
+        CalibrationError: data without labels.
+        ConfigurationError: a base checkpoint that does not fit.
+        NumericalError: gradients that are not finite on any batch.
+    """
+    model = session.anatomy.model
+    weights = {path: model.get_submodule(path).get_parameter("weight").detach() for path in paths}
+    if config.criterion == "magnitude":
+        return {path: weight.float().abs() for path, weight in weights.items()}
+    if config.criterion == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}
+    if config.criterion == "delta":
+        base, checksum = base_weights(model, config, weights)
+        session.notes["base_model_checksum"] = checksum
+        return {
+            path: (weight.float() - base[path].to(weight.device).float()).abs() for path, weight in weights.items()
+        }
+    warn_if_fresh_head(model)
+    if config.criterion == "sensitivity":
+        return _Gradients(session, weights).mean_sensitivity()
+    gradients = _Gradients(session, weights).mean()
+    if config.criterion != "snip_magnitude":
+        with_weight = config.criterion == "snip"
+        return {
+            path: (weight.float() * gradients[path] if with_weight else gradients[path]).abs()
+            for path, weight in weights.items()
+        }
+    scores, sums = {}, [0.0, 0.0]
+    for path, weight in weights.items():
+        found = mathematics.snip_magnitude(weight.float(), gradients[path], config.magnitude_weight, config.normalize)
+        scores[path] = found[0]
+        sums = [sums[0] + found[1], sums[1] + found[2]]
+    session.notes["sensitivity_to_magnitude"] = float(f"{sums[0] / sums[1]:.4g}") if sums[1] else "no magnitude term"
+    return scores
+
+
+def warn_if_fresh_head(model: Any) -> None:
+    """Gradients through a head that was just drawn at random are mostly noise."""
+    saved_as = getattr(model.config, "architectures", None)
+    if saved_as and type(model).__name__ not in saved_as:
+        warnings.warn(
+            f"the checkpoint was saved as {saved_as[0]}, so parts of this {type(model).__name__} are new and random, "
+            "and gradients through them say little about the weights. Train the head first: PruningCallback("
+            "PruningConfig(..., warmup_steps=...)) does.",
+            stacklevel=2,
+        )
+
+
+def task_loss(anatomy: ModelAnatomy, batch: Batch) -> Tensor:
+    """The model's own loss on a batch: by its labels, or for a causal language model by its tokens.
+
+    Raises:
+        CalibrationError: there are no labels.
+    """
+    model: nn.Module = anatomy.model
+    inputs = model_inputs(model, batch)
+    labels = batch.get("labels")
+    ids = batch.get("input_ids")
+    if labels is None and ids is not None and anatomy.record.decoder and anatomy.outside("head") is not None:
+        mask = batch.get("attention_mask")
+        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    if labels is not None:
+        inputs["labels"] = labels.to(next(model.parameters()).device)
+        loss = getattr(model(**inputs), "loss", None)
+        if loss is not None:
+            found: Tensor = loss
+            return found
+    raise CalibrationError(
+        f"the criterion needs the loss of {type(model).__name__}, and the batches have {sorted(batch)}. Give examples "
+        "with `labels` through a data_collator, to a model with a head for the task; or choose a criterion without "
+        'gradients, such as "magnitude".'
+    )
+
+
+class _Gradients:
+    """Gradients of the task's loss, batch by batch; a batch whose gradients are not finite is left out and counted."""
+
+    def __init__(self, session: Session, weights: dict[str, Tensor]) -> None:
+        self.session, self.weights = session, weights
+
+    def mean(self) -> Scores:
+        """Of the mean loss over all examples."""
+        sums = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in self.weights.items()}
+        examples = 0
+        for batch, gradients in self._batches():
+            count = len(next(iter(batch.values())))
+            examples += count
+            for path, gradient in gradients.items():
+                sums[path].add_(gradient, alpha=count)
+        return {path: total / examples for path, total in sums.items()}
+
+    def mean_sensitivity(self) -> Scores:
+        """|w·g| of a batch, on average."""
+        sums = {path: torch.zeros_like(weight, dtype=torch.float32) for path, weight in self.weights.items()}
+        for _, gradients in self._batches():
+            for path, gradient in gradients.items():
+                sums[path].add_((self.weights[path].float() * gradient).abs())
+        return sums
+
+    def _batches(self) -> Iterator[tuple[Batch, Scores]]:
+        model, skipped, used = self.session.anatomy.model, 0, 0
+        modules = {path: model.get_submodule(path) for path in self.weights}
+        parameters = {path: module.get_parameter("weight") for path, module in modules.items()}
+        with _only_these_train(model, list(parameters.values())):
+            for batch in self.session.batches:
+                with torch.enable_grad():
+                    loss = task_loss(self.session.anatomy, batch)
+                    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                gradients = {
+                    path: torch.zeros_like(parameter) if gradient is None else gradient
+                    for (path, parameter), gradient in zip(parameters.items(), found, strict=True)
+                }
+                if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+                    skipped += 1
+                    continue
+                used += 1
+                yield batch, gradients
+        if skipped:
+            self.session.notes["skipped_batches"] = skipped
+        if not used:
+            raise NumericalError(
+                f"the gradients are NaN or infinite on all {skipped} calibration batches. Check the data, or load the "
+                "model in float32."
+            )
+
+
+@contextmanager
+def _only_these_train(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, want in wanted.items():
+            parameter.requires_grad_(want)
+
+
+def base_weights(model: Any, config: PruningConfig, weights: dict[str, Tensor]) -> tuple[Scores, str]:
+    """The same matrices in the base checkpoint, and the SHA-256 over them.
+
+    Raises:
+        ConfigurationError: no such checkpoint, other shapes, or another checksum than the recipe names.
+    """
+    try:
+        base, loading = type(model).from_pretrained(
+            config.base_model,
+            revision=config.base_model_revision or "main",
+            dtype=model.dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"the base model {config.base_model!r} cannot be loaded: {error}") from error
+    missing = sorted({f"{path}.weight" for path in weights} & set(loading["missing_keys"]))
+    if missing:
+        raise ConfigurationError(
+            f"the base model {config.base_model!r} has no matrix {missing[0]!r}: it is no checkpoint that this model "
+            "was tuned from."
+        )
+    found: Scores = {}
+    digest = hashlib.sha256()
+    for path, weight in weights.items():
+        own = base.get_submodule(path).get_parameter("weight").detach()
+        if own.shape != weight.shape:
+            raise ConfigurationError(
+                f"{path!r} has shape {tuple(own.shape)} in the base model {config.base_model!r} and "
+                f"{tuple(weight.shape)} in this one: it is no checkpoint that this model was tuned from."
+            )
+        digest.update(path.encode())
+        digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found[path] = own
+    checksum = digest.hexdigest()
+    if config.base_model_checksum not in (None, checksum):
+        raise ConfigurationError(
+            f"the base model {config.base_model!r} is another one than recorded: its matrices have the checksum "
+            f"{checksum}, expected {config.base_model_checksum}. Give base_model_revision, or drop the checksum."
+        )
+    return found, checksum
+
+
+def pruned_before(anatomy: ModelAnatomy, paths: Sequence[str]) -> dict[str, Tensor] | None:
+    """The masks of an earlier pruning, which nothing un-prunes; `None` if there was none."""
+    found = {path: mask_of(anatomy.model.get_submodule(path)) for path in paths}
+    if all(mask is None for mask in found.values()):
+        return None
+    return {
+        path: torch.ones_like(anatomy.model.get_submodule(path).get_parameter("weight"), dtype=torch.bool)
+        if mask is None
+        else mask
+        for path, mask in found.items()
+    }

@@ -1,0 +1,297 @@
+"""Pruning inside a training, for any loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..anatomy import resolve_anatomy
+from ..engine.compress import attach_result, count_weights, describe_run
+from ..engine.report import CompressionReport
+from ..errors import ConfigurationError, UnsupportedModelError
+from ..layout import layout_of
+from ..methods.pruning.configuration import PruningConfig
+from ..methods.pruning.gathering import Gathering
+from ..methods.pruning.masks import (
+    apply_masks,
+    attach_masks,
+    mask_of,
+    masked_modules,
+    open_layers,
+    remove_masks,
+    sparse_layer,
+)
+from ..methods.pruning.mathematics import cubic_sparsity
+from ..methods.pruning.method import report_row
+from ..methods.pruning.modules import SparseLinear
+from ..methods.pruning.parts import prunable_parts
+from ..methods.pruning.selection import select, sparsity_of
+from ..methods.pruning.structured import removable_groups
+
+
+class Pruner:
+    """
+    Prunes a model while it is trained, in any loop:
+
+        pruner = Pruner(model, config, total_steps=1000)
+        optimizer = torch.optim.AdamW(model.parameters())      # after the Pruner
+        for step in range(1, 1001):
+            loss(model).backward()
+            optimizer.step()
+            pruner.update(step)                                # before the gradients are cleared
+            optimizer.zero_grad()
+        pruner.finalize()
+
+    The modules stay dense with masks until `finalize`. Scores are taken from the gradients of the finished step, with
+    the weights after it.
+
+    Args:
+        model (`PreTrainedModel`): dense, or pruned before; its sparse layers are opened.
+        config (`PruningConfig`, *optional*): what to prune and when. Without it, the zeros of a pruned model are kept.
+        total_steps (`int`, *optional*): optimizer steps of the whole training; needed for steps given as shares.
+
+    Raises:
+        `ConfigurationError`: nothing to prune, a criterion that is not for trainings, or steps that do not fit.
+        `UnsupportedModelError`: a family without an anatomy record, or weights that are spread over processes.
+    """
+
+    def __init__(self, model: Any, config: PruningConfig | None = None, *, total_steps: int | None = None) -> None:
+        model = _plain_model(model)
+        self.model, self.config = model, config
+        self.earlier: dict[str, Any] = {}
+        self._check(model, config)
+        if layout_of(model):
+            self._open(model)
+        already = masked_modules(model)
+        self.anatomy = resolve_anatomy(model)
+        parts, self._alone = prunable_parts(config or PruningConfig(sparsity=0), self.anatomy)
+        self._parts = {part.path: part for part in parts if config is not None or part.path in already}
+        modules = {path: model.get_submodule(path) for path in self._parts}
+        _check_whole(modules)
+        attach_masks(modules.values())
+        self.modules = modules
+        zeros = any(not bool(mask.all()) for mask in self._masks().values())
+        self._before = {path: mask.clone() for path, mask in self._masks().items()} if zeros else None
+        self._structure = removable_groups(self.anatomy, parts) if config is not None and config.structured else None
+        self._gathering = None if config is None else Gathering(config, modules)
+        self._window: tuple[int, int] | None = None
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+        elif config is None or not any(isinstance(step, float) for step in (config.start_step, config.end_step)):
+            self.set_total_steps(None)
+        self._dense_counts = count_weights(self.anatomy)
+
+    @staticmethod
+    def _check(model: PreTrainedModel, config: PruningConfig | None) -> None:
+        types = {entry["type"] for entry in layout_of(model)}
+        if types - {SparseLinear.layout_type}:
+            raise ConfigurationError(
+                f"the model holds compressed modules ({', '.join(sorted(types))}) that cannot be pruned. Prune the "
+                "dense original."
+            )
+        if config is None and not types and not masked_modules(model):
+            raise ConfigurationError(
+                "the model has no pruned matrices whose zeros could be kept. Give a PruningConfig, or load the model "
+                "with compression_config=PruningConfig(...)."
+            )
+        if config is None:
+            return
+        if config.criterion == "wanda":
+            raise ConfigurationError('PruningConfig: `criterion="wanda"` is for models that are not trained.')
+        if config.base_model is not None:
+            raise ConfigurationError(
+                "PruningConfig: `base_model` has no effect in a training: the weights at its start are the base."
+            )
+        if config.criterion in ("delta", "movement") and config.schedule == "single_shot" and not config.start_step:
+            raise ConfigurationError(
+                f"PruningConfig: criterion {config.criterion!r} knows nothing at the start of a training. Give "
+                '`start_step`, or schedule="cubic" with `end_step`.'
+            )
+
+    def _open(self, model: PreTrainedModel) -> None:
+        stored = model.config.quantization_config
+        self.earlier = {"recipe": stored.recipe, "provenance": stored.provenance}
+        open_layers(model)
+        model.hf_quantizer.remove_quantization_config(model)
+        model.__dict__.pop("compression_report", None)
+
+    def set_total_steps(self, total: int | None) -> None:
+        """Work out the steps that are given as shares. Raises `ConfigurationError` for an end after the training's."""
+        config = self.config
+        if config is None:
+            self._window = (0, 0)
+            return
+        start = max(_in_steps(config.start_step, total), config.warmup_steps)
+        end = start if config.end_step is None else _in_steps(config.end_step, total)
+        if config.schedule == "single_shot":
+            start = end = max(start, 1)
+        if total is not None and end > total:
+            raise ConfigurationError(
+                f"PruningConfig: the pruning ends at step {end}, and the training has {total} steps. Lower `end_step` "
+                "(or `start_step` and `warmup_steps`), or train longer."
+            )
+        if config.schedule == "cubic" and start >= end:
+            raise ConfigurationError(f"PruningConfig: the schedule starts at step {start} and ends at step {end}.")
+        self._window = (start, end)
+
+    def modules_in_place(self) -> bool:
+        """Whether the model still holds the masked modules: not after `finalize`."""
+        return all(self.model.get_submodule(path) is module for path, module in self.modules.items())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the masks are final."""
+        return self._gathering is None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros of all matrices that are pruned."""
+        return sparsity_of(list(self._masks().values()))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients were NaN or infinite, and which no score has seen."""
+        return 0 if self._gathering is None else self._gathering.skipped
+
+    @property
+    def score_ratio(self) -> float | None:
+        """Sum of |w·g| over the sum of α w² when `"snip_magnitude"` was last worked out."""
+        terms = None if self._gathering is None else self._gathering.terms
+        return None if terms is None or not terms[1] else terms[0] / terms[1]
+
+    def resume(self, step: int) -> None:
+        """Go on after `step` steps with the masks and scores that the state dict has brought back."""
+        assert self._window is not None
+        if step >= self._window[1]:
+            self._close()
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number `step` (from 1), before the gradients are cleared."""
+        if self._window is None:
+            raise ConfigurationError("steps are given as shares of the training: set_total_steps(...) comes first.")
+        start, end = self._window
+        config = self.config
+        if config is not None and self._gathering is not None and step > config.warmup_steps:
+            self._gathering.observe()
+            due = step >= end or (step > start and (step - start) % config.update_interval == 0)
+            if due and (config.schedule == "cubic" or step >= start) and self._choose(step, start, end):
+                apply_masks(self.modules.values())
+                if step >= end:
+                    self._close()
+        if self.finished:
+            apply_masks(self.modules.values())
+        elif self._before is not None:
+            for path, module in self.modules.items():
+                weight = module.get_parameter("weight")
+                weight.mul_(self._before[path].to(weight.device))
+
+    def _choose(self, step: int, start: int, end: int) -> bool:
+        assert self.config is not None and self._gathering is not None
+        target = self.config.sparsity
+        if self.config.schedule == "cubic":
+            target = cubic_sparsity(step, start, end, target)
+        scores = self._gathering.scores()
+        if scores is None:
+            return False  # this step's gradients say nothing; the next one is asked
+        if self._structure is not None:
+            self._structure.choose(scores, target, self.config.compared)
+            masks = self._structure.masks(scores)
+        else:
+            transposed = [path for path, module in self.modules.items() if isinstance(module, Conv1D)]
+            masks = select(scores, target, self.config.compared, self._before, transposed)
+        for path, mask in masks.items():
+            own = mask_of(self.modules[path])
+            assert own is not None
+            own.copy_(mask)
+        return True
+
+    def _close(self) -> None:
+        if self._gathering is not None:
+            self._gathering.close()
+            self._gathering = None
+
+    def _masks(self) -> dict[str, torch.Tensor]:
+        return {path: module.get_buffer("pruning_mask") for path, module in self.modules.items()}
+
+    @torch.no_grad()
+    def finalize(self) -> PreTrainedModel:
+        """Put sparse layers (or smaller dense ones) in place of the masked modules, and attach the report.
+
+        Returns:
+            The same model, ready for `save_pretrained`.
+
+        Raises:
+            ConfigurationError: the schedule has not come to its end.
+        """
+        if not self.finished:
+            raise ConfigurationError("the pruning schedule has not come to its end; train on, then finalize().")
+        model, rows = self.model, []
+        notes: dict[str, Any] = {"sparsity": round(self.sparsity, 6)}
+        apply_masks(self.modules.values())
+        if self._structure is not None:
+            for block in range(len(self.anatomy)):
+                result = self._structure.compress_block(block)
+                rows += result.rows
+                _replace(model, result.modules)
+        else:
+            values = "auto" if self.config is None else self.config.values
+            for path, module in self.modules.items():
+                mask = mask_of(module)
+                assert mask is not None
+                layer = sparse_layer(module, mask, values)
+                rows.append(report_row(self._parts[path], module, layer))
+                _replace(model, {path: layer})
+        remove_masks(model)
+        before, after = self._dense_counts, count_weights(self.anatomy)
+        sizes = (before[0], after[0], before[1], after[1], before[2], after[2])
+        report = CompressionReport(rows, *sizes, notes, self._alone)
+        recipe = self.config or PruningConfig(sparsity=notes["sparsity"])
+        stages = [*self.earlier.get("recipe", {}).get("stages", []), *([recipe.to_dict()] if self.config else [])]
+        provenance = self.earlier.get("provenance") or describe_run(str(model.config.name_or_path or ""), model)
+        attach_result(model, {"stages": stages or [recipe.to_dict()]}, report, provenance)
+        return model
+
+
+def _replace(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        old = model.get_submodule(path)
+        module.train(old.training)
+        for parameter in module.parameters():
+            parameter.requires_grad_(old.get_parameter("weight").requires_grad)
+        model.set_submodule(path, module)
+
+
+def _in_steps(step: int | float, total: int | None) -> int:
+    if isinstance(step, int):
+        return step
+    if total is None:
+        raise ConfigurationError(f"PruningConfig: {step} is a share of the training: total_steps is needed.")
+    return round(step * total)
+
+
+def _plain_model(model: Any) -> PreTrainedModel:
+    """What a wrapper for several devices holds. Raises `UnsupportedModelError` if it is no Transformers model."""
+    inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+        raise ConfigurationError(
+            "the model carries a PEFT adapter: the matrices are frozen under it and their zeros stay. Train it "
+            "without a PruningCallback, or prune before the adapter is attached."
+        )
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a Transformers model (PreTrainedModel), got {type(inner).__name__}.")
+    return inner
+
+
+def _check_whole(modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        weight = module.get_parameter("weight")
+        if weight.is_meta or weight.numel() == 0 or type(weight.data) is not torch.Tensor:
+            raise UnsupportedModelError(
+                f"the weight of {path!r} is not whole on this process (offloaded, or spread by FSDP, ZeRO-3 or tensor "
+                "parallelism): masks under one threshold need whole matrices. Train with DDP."
+            )
