@@ -54,7 +54,9 @@ def _linear_fake(x: Tensor, values: Tensor, row_starts: Tensor, column_indices: 
 def _linear(x: Tensor, values: Tensor, row_starts: Tensor, column_indices: Tensor, bias: Tensor | None) -> Tensor:
     matrix = _matrix(values, row_starts, column_indices, x.shape[-1], x.dtype)
     flat = x.reshape(-1, x.shape[-1]).to(matrix.dtype)
-    product = (matrix @ flat.T).T
+    # Autocast would have the product in a dtype that compressed rows do not know.
+    with torch.autocast(x.device.type, enabled=False):
+        product = (matrix @ flat.T).T
     if bias is not None:
         product = product + bias.to(product.dtype)
     return product.to(x.dtype).reshape(*x.shape[:-1], matrix.shape[0]).contiguous()
