@@ -33,6 +33,11 @@ class MethodConfig(StrictModel):
     modules_to_not_convert: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method has to be calibrated."""
+        return True
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, without inputs."""
         return {"method": self.method, **self.model_dump(mode="json")}

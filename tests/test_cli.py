@@ -119,6 +119,22 @@ def test_run_with_codebooks_needs_no_data(tiny_model: Path, tmp_path: Path) -> N
         assert "bytes on disk" in planned.stdout
 
 
+def test_run_prunes_with_and_without_data(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--method", "pruning", "--sparsity", 0.9)
+    result = invoke("run", tiny_model, tmp_path / "size", *options, "--criterion", "magnitude", "--values", "int8")
+    assert result.exit_code == 0, result.output
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "size").model.layers[0].mlp.up_proj
+    assert layer.format.values == "int8"
+    data = ("--dataset", text_file, "--num-samples", 8, "--sequence-length", 64)
+    result = invoke("run", tiny_model, tmp_path / "snip", *options, "--scope", "layer", *data)
+    assert result.exit_code == 0, result.output
+    assert "sensitivity_to_magnitude" in result.stdout
+    result = invoke("run", tiny_model, tmp_path / "heads", *options, "--criterion", "random", "--structured")
+    assert result.exit_code == 0, result.output
+    planned = invoke("plan", tiny_model, *options)
+    assert planned.exit_code == 0, planned.output
+
+
 def test_run_mixes_datasets_and_writes_a_portable_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"body": TEXT}) + "\n" for _ in range(200)))
@@ -175,7 +191,7 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "MODEL", "OUT"), "--dataset"),
+        (("run", "MODEL", "OUT", "--reduction", "0.2"), "--dataset"),
         (("run", "MODEL", "FULL", "--dataset", "TEXT"), "not empty"),
         (("run", "MODEL", "TEXT", "--dataset", "TEXT"), "is a file"),
         (("run", "MODEL", "OUT", "--dataset", "TEXT", "--reduction", "a lot"), "--reduction 'a lot'"),
@@ -188,7 +204,10 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("run", "EMPTY", "OUT", "--dataset", "TEXT", "--reduction", "0.2"), "could not load"),
         (("run", "EMPTY", "OUT", "--dataset", "./none.txt", "--reduction", "0.2"), "'./none.txt' is no file"),
         (("run", "MODEL", "OUT", "--dataset", "TEXT", "--reduction", "0.2", "--num-samples", "0"), "num_samples"),
-        (("run", "MODEL", "OUT", "--dataset", "TEXT", "--split", "a", "--split", "b"), "--split was given 2 times"),
+        (
+            ("run", "MODEL", "OUT", "--reduction", "0.2", "--dataset", "TEXT", "--split", "a", "--split", "b"),
+            "--split was given 2 times",
+        ),
         (
             ("run", "MODEL", "OUT", "--dataset", "./none.txt", "--reduction", "0.2", "--sequence-length", "64"),
             "none.txt",
@@ -198,6 +217,9 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("run", "MODEL", "OUT", "--method", "codebook", "--bits", "3"), "--dataset"),
         (("plan", "MODEL", "--method", "codebook", "--bits", "auto"), "belong together"),
         (("run", "MODEL", "OUT", "--method", "codebook", "--learning", "none", "--reduction", "0.2"), "reduction"),
+        (("run", "MODEL", "OUT", "--method", "pruning", "--sparsity", "0.9"), "--dataset"),
+        (("run", "MODEL", "OUT", "--method", "pruning", "--sparsity", "1.5", "--criterion", "magnitude"), "sparsity"),
+        (("run", "MODEL", "OUT", "--method", "pruning", "--sparsity", "0.5", "--criterion", "delta"), "base_model"),
         (("plan", "./nowhere", "--reduction", "0.2"), "no folder './nowhere'"),
         (("eval", "MODEL"), "--text"),
         (("eval", "MODEL", "--text", "TEXT", "--dataset", "TEXT"), "one of the two"),

@@ -62,11 +62,11 @@ def _demonstrate(name: str, source: str, recipe_options: dict[str, Any], output:
     length = min(length, positions)
     calibration_texts, evaluation_texts = stdlib_texts()
     calibration = CalibrationConfig(calibration_texts, num_samples=samples, sequence_length=length)
-    recipe = options.build_recipe("modular", calibration, **recipe_options)
+    recipe = options.build_recipe("modular", **recipe_options)
 
     say(f"Compressing {name}, calibrated on {samples} x {length} tokens of Python's documentation")
     compressed = load_model(source, dtype="bfloat16", device_map=device_map)
-    compressed = hf_compress.compress(compressed, recipe, processing_class=tokenizer)
+    compressed = hf_compress.compress(compressed, recipe, processing_class=tokenizer, calibration=calibration)
     compressed.save_pretrained(output)
     tokenizer.save_pretrained(output)
     del compressed

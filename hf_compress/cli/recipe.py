@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..configuration import MethodConfig
 
 # Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
-Method = Annotated[str, typer.Option(help="modular (modular decomposition) or codebook (learned codebooks).")]
+Method = Annotated[str, typer.Option(help="modular (modular decomposition), codebook (learned codebooks) or pruning.")]
 Reduction = Annotated[
     str | None,
     typer.Option(help="Fraction of block-linear weights to remove, or one a kind: mlp=0.25,query_key=0.1."),
@@ -30,6 +30,19 @@ Learning = Annotated[
 ]
 BlockEpochs = Annotated[int | None, typer.Option(help="codebook: passes of block tuning; worth their time at 2 bits.")]
 ColumnGroup = Annotated[int | None, typer.Option(help="codebook: columns that share a scale, a multiple of 32.")]
+Sparsity = Annotated[float | None, typer.Option(help="pruning: share of the matrices' weights to remove.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help="pruning: snip_magnitude, snip, gradient, sensitivity, delta, magnitude, wanda or random."),
+]
+Scope = Annotated[str | None, typer.Option(help="pruning: compare weights globally (global), by layer or by row.")]
+Structured = Annotated[
+    bool | None, typer.Option("--structured/--unstructured", help="pruning: remove whole heads and MLP columns.")
+]
+Values = Annotated[
+    str | None, typer.Option(help="pruning: store kept weights as auto, float16, bfloat16, float32 or int8.")
+]
+BaseModel = Annotated[str | None, typer.Option(help="pruning: the checkpoint that --criterion delta compares with.")]
 Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]
 Allocation = Annotated[str | None, typer.Option(help="block_influence, uniform or search.")]
 Temperature = Annotated[str | None, typer.Option(help="Temperature of the allocation, or auto.")]
@@ -53,17 +66,18 @@ DeviceMap = Annotated[str | None, typer.Option(help="Where the model goes: auto,
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
-def build_recipe(method: str, calibration: CalibrationConfig | None = None, **options: Any) -> MethodConfig:
-    """The configuration of `method`; options that are None are left to its defaults.
+def build_recipe(method: str, **options: Any) -> MethodConfig:
+    """The configuration of `method`, without data; options that are None are left to its defaults.
 
     Raises:
         ConfigurationError: for an unknown method, or a value that the method refuses.
     """
     from ..methods.codebook.configuration import CodebookConfig
     from ..methods.modular.configuration import ModularDecompositionConfig
+    from ..methods.pruning.configuration import PruningConfig
 
     recipes: dict[str, type[MethodConfig]] = {
-        config.method: config for config in (ModularDecompositionConfig, CodebookConfig)
+        config.method: config for config in (ModularDecompositionConfig, CodebookConfig, PruningConfig)
     }
     # The method's own name may be longer than what one likes to type.
     recipes["modular"] = ModularDecompositionConfig
@@ -72,7 +86,7 @@ def build_recipe(method: str, calibration: CalibrationConfig | None = None, **op
     if options.get("modules_to_not_convert") is not None:
         options["modules_to_not_convert"] = tuple(options["modules_to_not_convert"])
     given = {name: value for name, value in options.items() if value is not None}
-    return recipes[method](calibration=calibration, **given)
+    return recipes[method](**given)
 
 
 def parse_reduction(text: str | None) -> float | dict[str, float] | None:

@@ -23,6 +23,12 @@ def run(
     learning: options.Learning = None,
     block_epochs: options.BlockEpochs = None,
     column_group: options.ColumnGroup = None,
+    sparsity: options.Sparsity = None,
+    criterion: options.Criterion = None,
+    scope: options.Scope = None,
+    structured: options.Structured = None,
+    values: options.Values = None,
+    base_model: options.BaseModel = None,
     kinds: options.Kinds = None,
     allocation: options.Allocation = None,
     temperature: options.Temperature = None,
@@ -54,28 +60,20 @@ def run(
 ) -> None:
     """Compress MODEL and write the result, with its tokenizer, to OUT."""
     check_output(out)
-    calibration = None
-    if dataset or learning != "none":
-        calibration = options.build_calibration(
-            dataset or [],
-            dataset_name,
-            split,
-            text_column,
-            dataset_weight,
-            num_samples=num_samples,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            seed=seed,
-        )
     recipe = options.build_recipe(
         method,
-        calibration,
         reduction=options.parse_reduction(reduction),
         bits=options.parse_bits(bits),
         average_bits=average_bits,
         learning=learning,
         block_epochs=block_epochs,
         column_group=column_group,
+        sparsity=sparsity,
+        criterion=criterion,
+        scope=scope,
+        structured=structured,
+        values=values,
+        base_model=base_model,
         kinds=options.parse_kinds(kinds),
         allocation=allocation,
         temperature=options.parse_temperature(temperature),
@@ -88,6 +86,20 @@ def run(
         seed=seed,
     )
 
+    calibration = None
+    if dataset or recipe.needs_data:
+        calibration = options.build_calibration(
+            dataset or [],
+            dataset_name,
+            split,
+            text_column,
+            dataset_weight,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+        )
+
     import hf_compress
 
     from ..calibration.sources import check_local_data
@@ -99,7 +111,9 @@ def run(
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
-    compressed = hf_compress.compress(dense, recipe, processing_class=tokenizer, working_directory=working_directory)
+    compressed = hf_compress.compress(
+        dense, recipe, processing_class=tokenizer, calibration=calibration, working_directory=working_directory
+    )
     stdout().print(str(compressed.compression_report), highlight=False, markup=False)
     compressed.save_pretrained(out)
     tokenizer.save_pretrained(out)
