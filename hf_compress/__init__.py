@@ -23,6 +23,7 @@ from .errors import (
 from .methods.codebook import CodebookConfig
 from .methods.modular import ModularDecompositionConfig
 from .methods.pruning import PruningConfig
+from .methods.sharing import LayerSharingConfig, set_iterations
 from .training import Pruner, PruningCallback
 
 quantizer.register()
@@ -42,6 +43,7 @@ __all__ = [
     "CompressionPlan",
     "CompressionReport",
     "ConfigurationError",
+    "LayerSharingConfig",
     "MlpAnatomy",
     "ModularDecompositionConfig",
     "NumericalError",
@@ -53,4 +55,5 @@ __all__ = [
     "compress",
     "plan",
     "register_anatomy",
+    "set_iterations",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         if not hasattr(model, "compression_report"):
             model.compression_report = CompressionReport.from_provenance(self.quantization_config.provenance)
         for module in list(model.modules()):
+            for name, function in getattr(module, "model_methods", {}).items():
+                setattr(model, name, MethodType(function, model))
             _record_outputs(model, module, getattr(module, "recorded_outputs", ()))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

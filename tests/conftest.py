@@ -30,7 +30,13 @@ from transformers import (
 # The shapes in the annotations are checked at run time wherever the tests go.
 with install_import_hook("hf_compress", "typechecking.check"):
     import hf_compress
-    from hf_compress import CalibrationConfig, CodebookConfig, ModularDecompositionConfig, PruningConfig
+    from hf_compress import (
+        CalibrationConfig,
+        CodebookConfig,
+        LayerSharingConfig,
+        ModularDecompositionConfig,
+        PruningConfig,
+    )
 
 VOCABULARY = 96
 
@@ -152,6 +158,7 @@ def compressed(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -
 METHODS: dict[str, Callable[[], Any]] = {
     "modular": lambda: recipe(kinds=ALL_KINDS),
     "codebook": lambda: CodebookConfig(bits=3, rows_per_codebook=8, calibration=calibration()),
+    "sharing": lambda: LayerSharingConfig(unique_layers=2, lora_rank=2),
     "pruning": lambda: PruningConfig(sparsity=0.8, scope="layer", calibration=calibration()),
 }
 

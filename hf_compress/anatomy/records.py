@@ -87,6 +87,7 @@ class Anatomy:
         kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
             for methods that treat every matrix by itself.
         decoder: a causal language model.
+        repeated: the model runs every block several times (ALBERT).
 
     A record without attention, MLP and kinds describes blocks whose matrices are all of kind "other".
     """
@@ -97,6 +98,7 @@ class Anatomy:
     mlp: MlpAnatomy | None = MlpAnatomy()
     kinds: tuple[tuple[str, str], ...] = ()
     decoder: bool = True
+    repeated: bool = False
 
 
 _RECORDS: dict[str, Anatomy] = {}
@@ -203,6 +205,25 @@ for _types, _blocks in ((("vit", "deit"), "layers"), (("dinov2",), "encoder.laye
         value_output=("attention.v_proj", "attention.o_proj"),
         mlp=("mlp.fc1", "mlp.fc2"),
     )
+
+register_anatomy(
+    Anatomy(
+        model_types=("albert",),
+        blocks="encoder.albert_layer_groups.*.albert_layers",
+        attention=None,
+        mlp=None,
+        kinds=(
+            ("attention.query", "query_key"),
+            ("attention.key", "query_key"),
+            ("attention.value", "value_output"),
+            ("attention.dense", "value_output"),
+            ("ffn", "mlp"),
+            ("ffn_output", "mlp"),
+        ),
+        decoder=False,
+        repeated=True,
+    )
+)
 
 # Query, key and value are one matrix; only methods that treat every matrix by itself apply.
 register_anatomy(

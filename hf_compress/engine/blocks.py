@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..anatomy import ModelAnatomy
-from ..errors import CalibrationError, NumericalError
+from ..errors import CalibrationError, NumericalError, UnsupportedModelError
 
 Batch = dict[str, Tensor]
 # Rows of logits turned to float32 at once.
@@ -73,6 +73,11 @@ class BlockStream:
     """
 
     def __init__(self, anatomy: ModelAnatomy, batches: list[Batch]) -> None:
+        if anatomy.record.repeated and batches:
+            raise UnsupportedModelError(
+                f"{type(anatomy.model).__name__} runs every block several times, and calibration goes through each "
+                "once. Choose a method or option that needs no data."
+            )
         self.anatomy = anatomy
         self.batches = batches
         self.hidden: list[Tensor] = []

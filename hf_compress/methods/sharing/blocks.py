@@ -1,0 +1,183 @@
+"""The list of blocks of a model that shares them; it decides which of them run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.albert.modeling_albert import AlbertTransformer
+
+from ...errors import CompressionError
+from ...layout import register_module_type
+from . import mathematics
+from .stepping import Schedule, Stepping, checked_stepping
+
+
+@register_module_type
+class SharedBlocks(Stepping, nn.ModuleList):
+    """The blocks of a model, of which iterating yields those that run."""
+
+    layout_type: ClassVar[str] = "shared_blocks"
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SharedBlocks:
+        if not isinstance(dense, nn.ModuleList):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.ModuleList")
+        checked_stepping(spec, len(dense))
+        blocks = cls(list(dense))
+        blocks._remember(spec)
+        return blocks
+
+    def check_tensors(self) -> None:
+        """The blocks inside have been replaced by now: give them their steps."""
+        self.apply_schedule()
+
+    def apply_schedule(self) -> None:
+        for every in self._modules.values():
+            _set_steps(every, self.scaled or [], 1.0)
+        for position, (loop, step) in enumerate(zip(self.schedule.loops, self.schedule.steps, strict=True)):
+            block: Any = self._modules[str(loop)]
+            _set_steps(block, self.scaled or [], step)
+            inside: list[Any] = list(block.modules())
+            for module in inside:
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = position  # its slot in the cache
+
+    def _running(self) -> list[Any]:
+        blocks: list[Any] = [self._modules[str(loop)] for loop in self.schedule.loops]
+        if torch.compiler.is_compiling() and self.solver == "euler":
+            return blocks
+        blocks[0] = _CacheGuard(blocks[0], self.iterations)
+        if self.solver == "adams_bashforth":
+            trail: list[tuple[Tensor, float]] = []
+            return [_Extrapolated(block, step, trail) for block, step in zip(blocks, self.schedule.steps, strict=True)]
+        return blocks
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._running())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(iter(self))[index]
+        return super().__getitem__(index)
+
+    def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
+        return _dense_state(self, dense)
+
+
+class _Delegate:
+    """Called like a block, and otherwise the block itself."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+class _CacheGuard(_Delegate):
+    """The first block looks whether a cache was filled with another number of iterations."""
+
+    def __init__(self, block: Any, iterations: int) -> None:
+        super().__init__(block)
+        self.iterations = iterations
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            filled_with = cache.__dict__.setdefault("_hf_compress_iterations", self.iterations)
+            if filled_with != self.iterations:
+                raise CompressionError(
+                    f"the cache was filled with {filled_with} iterations and the model now runs {self.iterations}: the "
+                    "number must not change within a sequence. Start with an empty cache."
+                )
+        return self.block(*args, **kwargs)
+
+
+class _Extrapolated(_Delegate):
+    """An iteration of the second-order Adams-Bashforth method: the increments of a forward pass leave a trail."""
+
+    def __init__(self, block: Any, step: float, trail: list[tuple[Tensor, float]]) -> None:
+        super().__init__(block)
+        self.step, self.trail = step, trail
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(hidden, *args, **kwargs)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        increment = after - hidden
+        before, size = self.trail[-1] if self.trail else (None, 1.0)
+        self.trail[:] = [(increment, self.step)]
+        moved = hidden + mathematics.adams_bashforth(increment, before, self.step, size)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
+def _set_steps(block: Any, scaled: list[str], step: float) -> None:
+    for path in scaled:
+        block.get_submodule(path).step = step
+
+
+def _dense_state(shared: Any, dense: nn.Module) -> dict[str, Tensor]:
+    """All below a container, as the dense model holds it. Raises `NotImplementedError` for larger steps."""
+    if shared.schedule != Schedule(tuple(range(shared.depth)), (1.0,) * shared.depth):
+        raise NotImplementedError(
+            f"a model of {shared.iterations} iterations with larger steps has no dense form; set_iterations("
+            f"{shared.depth}) first"
+        )
+    state: dict[str, Tensor] = {}
+    below = ""
+    for path, module in shared.named_modules():
+        if not path or (below and path.startswith(below)):
+            continue
+        expand: Callable[[nn.Module], dict[str, Tensor]] | None = getattr(module, "dequantize", None)
+        if expand is not None:
+            below = f"{path}."
+            state.update({f"{path}.{name}": tensor for name, tensor in expand(dense.get_submodule(path)).items()})
+            continue
+        own = module.state_dict(prefix=f"{path}.")
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        names += [name for name, _ in module.named_buffers(recurse=False)]
+        state.update({f"{path}.{name}": own[f"{path}.{name}"] for name in names if f"{path}.{name}" in own})
+    return state
+
+
+@register_module_type
+class SharedAlbertTransformer(Stepping, AlbertTransformer):  # type: ignore[misc]
+    """ALBERT's encoder with fewer, larger steps: it shares its blocks by itself."""
+
+    layout_type: ClassVar[str] = "shared_albert"
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SharedAlbertTransformer:
+        if not isinstance(dense, AlbertTransformer):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an AlbertTransformer")
+        checked_stepping(spec, dense.config.num_hidden_layers)
+        encoder = cls.__new__(cls)
+        encoder.__dict__.update(dense.__dict__)
+        encoder._remember(spec)
+        return encoder
+
+    def check_tensors(self) -> None:
+        self.apply_schedule()
+
+    def apply_schedule(self) -> None:
+        """Steps are set as the groups run: one group has many."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        hidden = self.embedding_hidden_mapping_in(hidden_states)
+        trail: list[tuple[Tensor, float]] = []
+        for loop, step in zip(self.schedule.loops, self.schedule.steps, strict=True):
+            group = self.albert_layer_groups[self.assigned[loop]]
+            for layer in group.albert_layers:
+                _set_steps(layer, self.scaled or [], step)
+            block = _Extrapolated(group, step, trail) if self.solver == "adams_bashforth" else group
+            hidden = block(hidden, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+    def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
+        return _dense_state(self, dense)

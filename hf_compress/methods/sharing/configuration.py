@@ -1,0 +1,82 @@
+"""The recipe of layer sharing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from ...configuration import MethodConfig, register_method_config
+
+SharedKind = Literal["query_key", "value_output", "mlp", "other"]
+SHARED_KINDS: tuple[SharedKind, ...] = get_args(SharedKind)
+Solver = Literal["euler", "adams_bashforth"]
+
+
+@register_method_config
+class LayerSharingConfig(MethodConfig):
+    """Blocks that share their matrices, and fewer, larger steps through them at inference.
+
+    Steps after W. Chen et al., "Boosting Inference Efficiency: Unleashing the Power of Parameter-Shared Pre-trained
+    Language Models" (arXiv 2310.12818); conversion after S. Bae et al., "Relaxed Recursive Transformers" (arXiv
+    2410.20672). A *loop* is one run of a shared block in the full model, an *iteration* one block evaluation at
+    inference.
+
+    Args:
+        unique_layers (`int`, *optional*): blocks that are kept; the others use their matrices. Not given for a model
+            that shares already (ALBERT, or one made with this method), of which only the steps change.
+        order (`"cycle"` or `"sequence"`): which block a layer uses: layer `i` uses `i mod unique_layers`, or runs of
+            layers use one.
+        initialization (`str`, *optional*): the matrices of the kept blocks are those of layers in equal distances
+            (`"stepwise"`), of the lowest layers (`"lower"`), or the mean over the layers that share
+            (`"average"`). By default average with `lora_rank`, stepwise without.
+        lora_rank (`int`, defaults to 0): rank of a correction that every loop has of its own, from the truncated SVD
+            of the difference to its original matrix.
+        share (`list[str]`): kinds of matrices that are shared: `"query_key"`, `"value_output"`, `"mlp"`, `"other"`.
+        share_norms (`bool`, defaults to `False`): share norms and biases as well, instead of one set a loop.
+        uneven_groups (`bool`, defaults to `False`): allow `unique_layers` that does not divide the depth.
+        inference_iterations (`int`, *optional*): block evaluations at inference, from the number of groups to the
+            depth; `set_iterations` changes it at any time.
+        steps (`list[float]`, *optional*): their step sizes, which sum to the depth. Equal if not given.
+        solver (`"euler"` or `"adams_bashforth"`): how an iteration goes on: by its block alone, or extrapolated with
+            the block before (second order, no further evaluation; pre-norm blocks only).
+    """
+
+    method: ClassVar[str] = "sharing"
+
+    unique_layers: int | None = Field(default=None, ge=1)
+    order: Literal["cycle", "sequence"] = "cycle"
+    initialization: Literal["stepwise", "average", "lower"] | None = None
+    lora_rank: int = Field(default=0, ge=0)
+    share: tuple[SharedKind, ...] = SHARED_KINDS
+    share_norms: bool = False
+    uneven_groups: bool = False
+    inference_iterations: int | None = Field(default=None, ge=1)
+    steps: tuple[float, ...] | None = None
+    solver: Solver = "euler"
+
+    @property
+    def needs_data(self) -> bool:
+        return False
+
+    @property
+    def start(self) -> Literal["stepwise", "average", "lower"]:
+        """The initialisation, chosen where it is not given."""
+        return self.initialization or ("average" if self.lora_rank else "stepwise")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Any:
+        if self.unique_layers is None:
+            for name in ("initialization", "lora_rank", "share_norms", "uneven_groups"):
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` has no effect without `unique_layers`")
+            if self.inference_iterations is None and self.steps is None:
+                raise ValueError("give `unique_layers`, `inference_iterations` or `steps`; there is nothing to do")
+        if not self.share:
+            raise ValueError("`share` names no kind of matrices")
+        if self.steps is not None:
+            if any(not step > 0 for step in self.steps):
+                raise ValueError("`steps` must be positive")
+            if self.inference_iterations not in (None, len(self.steps)):
+                raise ValueError(f"`steps` has {len(self.steps)} steps and `inference_iterations` says another number")
+        return self

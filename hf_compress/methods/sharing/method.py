@@ -1,0 +1,298 @@
+"""Layer sharing as the engine runs it: matrices of other blocks, corrections, and the list that runs the loops."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.albert.modeling_albert import AlbertTransformer
+
+from ...anatomy import ModelAnatomy, dense_rows, join
+from ...engine.exclusion import is_excluded
+from ...engine.registry import register_method
+from ...engine.report import ModuleReport
+from ...engine.session import BlockResult, Expectation, Method, Session
+from ...errors import ConfigurationError, NumericalError, UnsupportedModelError
+from . import mathematics
+from .blocks import SharedAlbertTransformer, SharedBlocks
+from .configuration import LayerSharingConfig
+from .modules import SharedLinear, SharedModule
+from .stepping import running_blocks, schedule_of
+
+
+@register_method
+class LayerSharing(Method[LayerSharingConfig, None]):
+    """Few blocks, run many times."""
+
+    config_class = LayerSharingConfig
+    needs_calibration = False
+    continues = (
+        SharedLinear.layout_type,
+        SharedModule.layout_type,
+        SharedBlocks.layout_type,
+        SharedAlbertTransformer.layout_type,
+    )
+
+    def __init__(self, config: LayerSharingConfig, anatomy: ModelAnatomy) -> None:
+        super().__init__(config, anatomy)
+        self.running = running_blocks(anatomy.model)
+        self.albert = _albert(anatomy.model)
+        self._initial: dict[str, Tensor] = {}
+        steps = None if config.steps is None else list(config.steps)
+        if config.unique_layers is None:
+            self.assigned = self._assigned_before()
+            self.order = self.running.order if self.running is not None else "sequence"
+        elif self.running is not None or self.albert is not None:
+            raise ConfigurationError(
+                f"{type(anatomy.model).__name__} shares its layers already; leave `unique_layers` out."
+            )
+        else:
+            self.order = config.order
+            self.assigned = self._assign(config.unique_layers)
+            self._require_one_shape()
+        self.schedule = schedule_of(self.assigned, self.order, config.inference_iterations, steps)
+        self.scaled = self._scaled()
+        if any(step != 1.0 for step in self.schedule.steps) and self.scaled is None:
+            raise ConfigurationError(
+                f"fewer iterations need blocks of {type(anatomy.model).__name__} all of whose matrices are shared and "
+                "whose two outputs go to the residual stream with no norm between."
+            )
+
+    def _assigned_before(self) -> list[int]:
+        if self.running is not None:
+            before: list[int] = self.running.assigned
+            return before
+        if self.albert is None:
+            raise ConfigurationError(
+                f"{type(self.anatomy.model).__name__} does not share its layers yet: give `unique_layers`, how many "
+                "blocks are kept."
+            )
+        depth, groups = self.albert.config.num_hidden_layers, self.albert.config.num_hidden_groups
+        return [int(layer / (depth / groups)) for layer in range(depth)]
+
+    def _assign(self, unique: int) -> list[int]:
+        depth = len(self.anatomy)
+        if unique > depth:
+            raise ConfigurationError(f"`unique_layers` is {unique}, and the model has {depth} layers.")
+        if depth % unique and not self.config.uneven_groups:
+            near = [count for count in range(1, depth + 1) if depth % count == 0]
+            raise ConfigurationError(
+                f"`unique_layers` {unique} does not divide the depth {depth}: some blocks would be used more often. "
+                f"Take one of {near}, or uneven_groups=True."
+            )
+        return mathematics.assignment(depth, unique, self.config.order)
+
+    def _require_one_shape(self) -> None:
+        """Raises `UnsupportedModelError` for blocks that cannot stand for each other."""
+        reference = {name: tensor.shape for name, tensor in self.anatomy.block(0).state_dict().items()}
+        for index in range(1, len(self.anatomy)):
+            shapes = {name: tensor.shape for name, tensor in self.anatomy.block(index).state_dict().items()}
+            if shapes != reference:
+                different = sorted(
+                    name for name in reference.keys() | shapes.keys() if reference.get(name) != shapes.get(name)
+                )
+                raise UnsupportedModelError(
+                    f"the layers are not of one shape: {different[0]!r} is {_shape(reference, different[0])} in the "
+                    f"first and {_shape(shapes, different[0])} in layer {index}. Layers can only be shared where they "
+                    "are alike."
+                )
+
+    def _scaled(self) -> list[str] | None:
+        """The two matrices of a block whose outputs a step scales, relative to the block; `None` if there is more."""
+        if self.running is not None:
+            before: list[str] | None = self.running.scaled
+            return before
+        record, block = self.anatomy.record, self.anatomy.block_paths[0]
+        wanted = []
+        if record.attention is not None and record.mlp is not None:
+            if not self.anatomy.mlp_feeds_residual() and record.mlp.feeds_residual_field is None:
+                return None
+            wanted = [self.anatomy.attention_path(0, "output"), self.anatomy.mlp_path(0, "down")]
+        else:
+            for kind in ("value_output", "mlp"):
+                wanted += [join(block, path) for path, own in record.kinds if own == kind][-1:]
+        matrices = [path for path, _ in self.anatomy.block_matrices(0)]
+        if len(wanted) != 2 or (self.albert is None and len(self._shared(0)) != len(matrices)):
+            return None
+        return [path.removeprefix(f"{block}.") for path in wanted]
+
+    def _shared(self, block: int) -> list[tuple[str, str]]:
+        """Paths and kinds of a block's matrices that are shared."""
+        return [
+            (path, kind)
+            for path, kind in self.anatomy.block_matrices(block)
+            if kind in self.config.share and not is_excluded(path, self.config.modules_to_not_convert)
+        ]
+
+    def expect(self) -> Expectation:
+        if self.config.unique_layers is None:
+            return Expectation(0, 0, 0)
+        removed = 0
+        for block in range(len(self.anatomy)):
+            owner = self.assigned.index(self.assigned[block]) == block
+            for path, _ in self._shared(block):
+                rows, columns = dense_rows(self.anatomy.model.get_submodule(path)).shape
+                removed -= self.config.lora_rank * (rows + columns)
+                removed += 0 if owner else rows * columns
+            if not owner and self.config.share_norms:
+                removed += self._weights_of_norms(block)
+        return Expectation(removed, 0, 0)
+
+    def _weights_of_norms(self, block: int) -> int:
+        shared = {path for path, _ in self._shared(block)}
+        biases = [self.anatomy.model.get_submodule(path).bias for path in shared]
+        norms = [module for _, module in self._norms(block)]
+        return sum(int(bias.numel()) for bias in biases if bias is not None) + sum(
+            parameter.numel() for norm in norms for parameter in norm.parameters()
+        )
+
+    def _norms(self, block: int) -> list[tuple[str, nn.Module]]:
+        """Modules of a block with parameters of their own that are no matrices."""
+        matrices = {path for path, _ in self.anatomy.block_matrices(block)}
+        return [
+            (path, module)
+            for name, module in self.anatomy.block(block).named_modules()
+            for path in [join(self.anatomy.block_paths[block], name)]
+            if name and path not in matrices and next(module.parameters(recurse=False), None) is not None
+        ]
+
+    def survey(self, session: Session) -> None:
+        if self.config.unique_layers is None:
+            return
+        self._take_initial()
+        session.notes["unique_layers"] = self.config.unique_layers
+        for block in range(len(self.anatomy)):
+            shared = {path for path, _ in self._shared(block)}
+            session.left_alone.extend(
+                f"{path}: not shared" for path, _ in self.anatomy.block_matrices(block) if path not in shared
+            )
+
+    def decisions(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, decisions: dict[str, Any]) -> None:
+        if self.config.unique_layers is not None:
+            self._take_initial()
+
+    def _take_initial(self) -> None:
+        """The matrices that are kept, by their places, while all layers are as they were."""
+        depth, unique = len(self.anatomy), max(self.assigned) + 1
+        layers = mathematics.initial_layers(depth, unique, self.assigned, self.config.start)
+        for kept in range(unique):
+            owner = self.assigned.index(kept)
+            for path, _ in self._shared(owner):
+                found = [
+                    dense_rows(self.anatomy.model.get_submodule(self._path_in(layer, path, owner))).double()
+                    for layer in layers[kept]
+                ]
+                dense = dense_rows(self.anatomy.model.get_submodule(path))
+                self._initial[path] = torch.stack(found).mean(dim=0).to(dense.dtype)
+
+    def collect(self, block: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def compress_block(self, block: int, statistics: None) -> BlockResult:
+        result = BlockResult({}, [])
+        if self.config.unique_layers is None:
+            if self.albert is not None and self.running is None and block == 0:
+                self._scale_albert(result)
+            return result
+        owner = self.assigned.index(self.assigned[block])
+        for path, kind in self._shared(block):
+            module = self.anatomy.model.get_submodule(path)
+            layer, error = self._linear(path, block, owner)
+            result.modules[path] = layer
+            count = dense_rows(module).numel()
+            owns = int(owner == block)
+            result.rows.append(ModuleReport(block, path, kind, 1, owns, count, layer.kept_weights, error))
+        if self.config.share_norms and owner != block:
+            for path, _ in self._norms(block):
+                result.modules[path] = SharedModule(self._path_in(owner, path, block))
+        return result
+
+    def _path_in(self, other: int, path: str, block: int) -> str:
+        return join(self.anatomy.block_paths[other], path.removeprefix(f"{self.anatomy.block_paths[block]}."))
+
+    def _linear(self, path: str, block: int, owner: int) -> tuple[SharedLinear, float]:
+        """The layer in place of the matrix at `path`, and the relative squared error of its matrix."""
+        module = self.anatomy.model.get_submodule(path)
+        dense, bias = dense_rows(module), getattr(module, "bias", None)
+        own_bias = bias is not None and (owner == block or not self.config.share_norms)
+        rank = min(self.config.lora_rank, *dense.shape)
+        source = None if owner == block else self._path_in(owner, path, block)
+        layer = SharedLinear(
+            dense.shape[1], dense.shape[0], own_bias, source=source, rank=rank, device=dense.device, dtype=dense.dtype
+        )
+        if source is None:
+            layer.weight.copy_(self._initial[path].unsqueeze(0))
+        if own_bias and layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
+        difference = dense.double() - self._initial[self._path_in(owner, path, block)].double()
+        if layer.lora_A is not None and layer.lora_B is not None:
+            if not torch.isfinite(difference).all():
+                raise NumericalError(f"{path}: weights that are not finite.")
+            first, second = mathematics.low_rank(difference, rank)
+            layer.lora_A.copy_(first)
+            layer.lora_B.copy_(second)
+            difference = difference - second @ first
+        error = difference.square().sum() / dense.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return layer, float(error)
+
+    def _scale_albert(self, result: BlockResult) -> None:
+        """ALBERT's two output matrices as layers that know a step."""
+        assert self.albert is not None
+        for block in range(len(self.anatomy)):
+            for path in self.scaled or []:
+                at = join(self.anatomy.block_paths[block], path)
+                module = self.anatomy.model.get_submodule(at)
+                assert isinstance(module, nn.Linear)
+                layer = SharedLinear(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    source=None,
+                    rank=0,
+                    device=module.weight.device,
+                    dtype=module.weight.dtype,
+                )
+                layer.weight.copy_(module.weight.unsqueeze(0))
+                if layer.bias is not None and module.bias is not None:
+                    layer.bias.copy_(module.bias)
+                result.modules[at] = layer
+
+    def finish(self) -> None:
+        """The list that runs the loops, in place of the model's own."""
+        self._initial.clear()
+        model = self.anatomy.model
+        running = running_blocks(model)
+        if running is None:
+            path, dense = self._list_of_blocks()
+            spec = {
+                "assigned": self.assigned,
+                "order": self.order,
+                "solver": self.config.solver,
+                "scaled": self.scaled,
+                "loops": list(self.schedule.loops),
+                "steps": list(self.schedule.steps),
+            }
+            kind: Any = SharedAlbertTransformer if self.albert is not None else SharedBlocks
+            running = kind.from_spec(dense, spec)
+            running.train(dense.training)
+            model.set_submodule(path, running)
+        running.set_schedule(self.schedule, self.config.solver)
+
+    def _list_of_blocks(self) -> tuple[str, nn.Module]:
+        if self.albert is not None:
+            return next((path, module) for path, module in self.anatomy.model.named_modules() if module is self.albert)
+        path = self.anatomy.block_paths[0].rpartition(".")[0]
+        return path, self.anatomy.model.get_submodule(path)
+
+
+def _albert(model: nn.Module) -> Any:
+    return next((module for module in model.modules() if isinstance(module, AlbertTransformer)), None)
+
+
+def _shape(shapes: dict[str, Any], name: str) -> Any:
+    return tuple(shapes[name]) if name in shapes else "absent"
