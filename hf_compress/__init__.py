@@ -4,6 +4,8 @@ Importing the package teaches Transformers the quantization method `"hf_compress
 `compression_config` of `from_pretrained`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import integration, quantizer
 from .anatomy import Anatomy, AttentionAnatomy, MlpAnatomy, register_anatomy
 from .calibration.configuration import CalibrationConfig
@@ -24,7 +26,16 @@ from .methods.codebook import CodebookConfig
 from .methods.modular import ModularDecompositionConfig
 from .methods.pruning import PruningConfig
 from .methods.sharing import LayerSharingConfig, set_iterations
-from .training import Pruner, PruningCallback
+
+if TYPE_CHECKING:
+    from .training import (
+        DistillationConfig,
+        DistillationTrainer,
+        Pruner,
+        PruningCallback,
+        RandomStepCallback,
+        recover,
+    )
 
 quantizer.register()
 integration.install()
@@ -43,6 +54,8 @@ __all__ = [
     "CompressionPlan",
     "CompressionReport",
     "ConfigurationError",
+    "DistillationConfig",
+    "DistillationTrainer",
     "LayerSharingConfig",
     "MlpAnatomy",
     "ModularDecompositionConfig",
@@ -50,10 +63,34 @@ __all__ = [
     "Pruner",
     "PruningCallback",
     "PruningConfig",
+    "RandomStepCallback",
     "ResumeError",
     "UnsupportedModelError",
     "compress",
     "plan",
+    "recover",
     "register_anatomy",
     "set_iterations",
 ]
+
+# Transformers' Trainer takes a second to import; who does not train does without.
+_TRAINING = (
+    "DistillationConfig",
+    "DistillationTrainer",
+    "Pruner",
+    "PruningCallback",
+    "RandomStepCallback",
+    "recover",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINING:
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINING})

@@ -1,6 +1,16 @@
-"""What runs inside a training: the Trainer's callbacks and what they stand on."""
+"""What runs inside a training: callbacks, distillation, recovery."""
 
+from .distillation import DistillationConfig, DistillationTrainer
 from .pruner import Pruner
 from .pruning import PruningCallback
+from .recovery import recover
+from .steps import RandomStepCallback
 
-__all__ = ["Pruner", "PruningCallback"]
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "Pruner",
+    "PruningCallback",
+    "RandomStepCallback",
+    "recover",
+]

@@ -183,6 +183,7 @@ class SparseLinear(nn.Linear):
     def _dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """`Ŵ` in a dtype: kept between calls while the values stay the same, made afresh where they are trained."""
         if torch.is_grad_enabled() and self.values.requires_grad:
+            self.__dict__["_dense"] = None
             return self.matrix().to(dtype)
         version = 0 if self.values.is_inference() else self.values._version
         made_from = (version, self.values.data_ptr(), dtype, self.values.device)
@@ -193,6 +194,12 @@ class SparseLinear(nn.Linear):
             self.__dict__["_dense"] = held
         weight: Tensor = held[1]
         return weight
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        """As any module's; the dense copy is made afresh after a training: optimizers may change values unseen."""
+        if mode:
+            self.__dict__["_dense"] = None
+        return super().train(mode)
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         """The dense matrix with its zeros."""

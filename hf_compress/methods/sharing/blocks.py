@@ -94,8 +94,8 @@ class _CacheGuard(_Delegate):
             filled_with = cache.__dict__.setdefault("_hf_compress_iterations", self.iterations)
             if filled_with != self.iterations:
                 raise CompressionError(
-                    f"the cache was filled with {filled_with} iterations and the model now runs {self.iterations}: the "
-                    "number must not change within a sequence. Start with an empty cache."
+                    f"the cache was filled with {filled_with} iterations and the model now runs {self.iterations}: "
+                    "the number must not change within a sequence. Start with an empty cache."
                 )
         return self.block(*args, **kwargs)
 
