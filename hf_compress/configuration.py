@@ -33,6 +33,9 @@ class MethodConfig(StrictModel):
     modules_to_not_convert: tuple[str, ...] = ()
     seed: int = 0
 
+    def check_in_one_call(self) -> None:
+        """Raises `ConfigurationError` for a recipe that only a training can carry out."""
+
     @property
     def needs_data(self) -> bool:
         """Whether the method has to be calibrated."""

@@ -25,7 +25,7 @@ from transformers.integrations import PeftAdapterMixin
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError, ConfigurationError
-from .layout import UNFINISHED, layout_of
+from .layout import TRAINED, UNFINISHED, layout_of
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
 _SHARED_ARGUMENTS = (
@@ -201,6 +201,12 @@ def _save_pretrained(
             "the compression of this model was interrupted or failed: some blocks are compressed and some are not. "
             "Load the dense model again and repeat the run."
         )
+    if TRAINED not in model.__dict__ and any("pruning_mask" in module._buffers for module in model.modules()):
+        warnings.warn(
+            "the model holds masks of a pruning and is saved dense, with them. For a sparse file call finalize() of "
+            "its Pruner or PruningCallback first; at the end of a training the callback does it.",
+            stacklevel=4,
+        )
     stored = getattr(model.config, "quantization_config", None)
     ours = getattr(stored, "quant_method", None) == QUANT_METHOD
     if ours and not layout_of(model) and not getattr(model, "_hf_peft_config_loaded", False):
@@ -315,6 +321,12 @@ def _check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
     packed = next(
         (path for path, module in tuner.model.named_modules() if getattr(module, "packs_weight", False)), None
     )
+    masked = next((path for path, m in tuner.model.named_modules() if "pruning_mask" in m._buffers), None)
+    if masked is not None:
+        raise CompressionError(
+            f"the adapter cannot be merged: {masked!r} is pruned, and the sum would fill its zeros. Keep the adapter "
+            "beside the model."
+        )
     if packed is not None:
         raise CompressionError(
             f"the adapter cannot be merged: {packed!r} keeps its weights as codes. Keep the adapter beside the "

@@ -14,6 +14,8 @@ from torch import nn
 from .errors import CheckpointError
 
 FORMAT_VERSION = 1
+# Attribute of a model with masks while a Trainer trains it: its checkpoints are dense on purpose.
+TRAINED = "_hf_compress_trained"
 # Attribute of a model whose compression stopped half way.
 UNFINISHED = "_hf_compress_unfinished"
 

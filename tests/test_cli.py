@@ -135,6 +135,15 @@ def test_run_prunes_with_and_without_data(tiny_model: Path, text_file: Path, tmp
     assert planned.exit_code == 0, planned.output
 
 
+def test_run_shares_layers(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--method", "sharing", "--unique-layers", 1, "--layer-order", "sequence", "--lora-rank", 2)
+    result = invoke("run", tiny_model, tmp_path / "out", *options, "--inference-iterations", 2)
+    assert result.exit_code == 0, result.output
+    assert len(list(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[:])) == 2
+    planned = invoke("plan", tiny_model, *options)
+    assert planned.exit_code == 0, planned.output
+
+
 def test_run_mixes_datasets_and_writes_a_portable_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"body": TEXT}) + "\n" for _ in range(200)))

@@ -26,6 +26,7 @@ from transformers import (
 
 import hf_compress
 from hf_compress import CalibrationConfig, PruningConfig
+from hf_compress.evaluation import measure_layers
 from hf_compress.layout import ResizedLinear
 from hf_compress.methods.pruning import SparseLinear
 from hf_compress.methods.pruning.modules import SPARSE_BELOW
@@ -253,7 +254,8 @@ def test_pruning_again_never_un_prunes(tmp_path: Path) -> None:
         ("magnitude", 0.5),
         ("random", 0.8),
     ]
-    looser = hf_compress.compress(second, PruningConfig(sparsity=0.2, criterion="magnitude"))
+    with pytest.warns(UserWarning, match="nothing is un-pruned"):
+        looser = hf_compress.compress(second, PruningConfig(sparsity=0.2, criterion="magnitude"))
     assert sparsity(looser) == pytest.approx(0.8, abs=1e-4)
 
 
@@ -300,13 +302,59 @@ def test_kept_values_train_and_nothing_else(limit: float, monkeypatch: Any) -> N
     assert torch.isfinite(logits(model.eval())).all()
 
 
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_inputs_of_another_width_are_refused(density: float) -> None:
+    layer = layers(pruned(sparsity=1 - density))["model.layers.0.mlp.up_proj"]
+    for width in (1, 47, 49):
+        with pytest.raises((hf_compress.ConfigurationError, RuntimeError), match="shape"):
+            layer(torch.randn(2, width))
+
+
+def test_a_copy_made_in_inference_mode_serves_a_training() -> None:
+    model = pruned(sparsity=0.5).requires_grad_(False)
+    with torch.inference_mode():
+        model(IDS)
+    embedded = model.get_input_embeddings()(IDS).requires_grad_()
+    model(inputs_embeds=embedded, labels=IDS).loss.backward()
+    assert embedded.grad.abs().max() > 0
+
+
+def test_a_failed_second_pruning_cannot_be_saved(tmp_path: Path) -> None:
+    model = pruned()
+    with pytest.raises(hf_compress.ConfigurationError, match="cannot be loaded"):
+        hf_compress.compress(model, PruningConfig(sparsity=0.95, criterion="delta", base_model=str(tmp_path / "x")))
+    with pytest.raises(hf_compress.CheckpointError, match="interrupted or failed"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_weights_beyond_the_range_of_their_file(tmp_path: Path) -> None:
+    model = pruned()
+    with torch.no_grad():
+        layers(model)["model.layers.0.mlp.up_proj"].values[3] = 1e6
+    with pytest.raises(hf_compress.CompressionError, match=r"up_proj.*beyond the float16"):
+        model.save_pretrained(tmp_path)
+
+
+def test_scores_that_decide_nothing_warn(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    config = PruningConfig(sparsity=0.5, criterion="delta", base_model=str(tmp_path))
+    with pytest.warns(UserWarning, match="only 0 weights have a score"):
+        hf_compress.compress(make_model("llama"), config)
+
+
 def test_a_dense_copy_follows_the_values() -> None:
     model = pruned(sparsity=0.5)
     before = logits(model)
     with torch.no_grad():
         for layer in layers(model).values():
             layer.values.mul_(1.5)
-    assert not torch.equal(logits(model), before)
+    after = logits(model)
+    assert not torch.equal(after, before)
+    # Fused optimizers change parameters without autograd's knowledge.
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    assert not torch.equal(logits(model), after)
 
 
 def test_int8_values_are_frozen_and_pass_gradients_on() -> None:
@@ -334,8 +382,9 @@ def test_lora_trains_on_a_sparse_base_and_does_not_merge(tmp_path: Path) -> None
         adapted.merge_and_unload()
 
 
-def test_compiled_without_graph_breaks(unchecked_types: None) -> None:
-    model = pruned()
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_compiled_without_graph_breaks(density: float, unchecked_types: None) -> None:
+    model = pruned(sparsity=1 - density)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
@@ -487,6 +536,14 @@ def test_batches_whose_gradients_are_nan_are_left_out() -> None:
 
     with pytest.raises(hf_compress.NumericalError, match="all 4 calibration batches"):
         pruned(classifier(), criterion="snip", calibration=good.model_copy(update={"data_collator": hopeless}))
+
+
+def test_layers_are_timed_beside_dense_ones() -> None:
+    found = measure_layers(pruned(scope="layer"), tokens=3, repeats=1)
+    assert sum(kind.count for kind in found) == 28
+    assert all(kind.speedup > 0 and "density=0.1" in kind.description for kind in found)
+    with pytest.raises(hf_compress.ConfigurationError, match="no compressed linear layer"):
+        measure_layers(make_model("llama"))
 
 
 def test_modules_left_alone_are_named() -> None:

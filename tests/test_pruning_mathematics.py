@@ -179,9 +179,9 @@ def test_products_and_their_gradients(shape: tuple[int, ...]) -> None:
     x = torch.randn(*shape, 20, generator=generator, dtype=torch.float64)
     values, starts, columns = csr(mask, weight)
     bias = torch.randn(30, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(sparse_linear(x, values, starts, columns, bias), x @ (weight * mask).T + bias)
+    torch.testing.assert_close(sparse_linear(x, values, starts, columns, 20, bias), x @ (weight * mask).T + bias)
     inputs = [tensor.requires_grad_() for tensor in (x, values, bias)]
-    torch.autograd.gradcheck(lambda x, values, bias: sparse_linear(x, values, starts, columns, bias), inputs)
+    torch.autograd.gradcheck(lambda x, values, bias: sparse_linear(x, values, starts, columns, 20, bias), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -190,7 +190,7 @@ def test_products_keep_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     mask = torch.rand(30, 20, generator=generator) < 0.2
     weight, x = torch.randn(30, 20, generator=generator), torch.randn(4, 20, generator=generator)
     values, starts, columns = csr(mask, weight.to(dtype))
-    found = sparse_linear(x.to(dtype), values, starts, columns)
+    found = sparse_linear(x.to(dtype), values, starts, columns, 20)
     assert found.dtype == dtype
     reference = x.to(dtype).float() @ (weight.to(dtype).float() * mask).T
     torch.testing.assert_close(found.float(), reference, rtol=2**-7, atol=1e-2)
@@ -201,5 +201,5 @@ def test_the_operator_is_well_formed() -> None:
     values, starts, columns = csr(mask, torch.randn(6, 5))
     torch.library.opcheck(
         torch.ops.hf_compress.sparse_linear.default,
-        (torch.randn(3, 5, requires_grad=True), values.requires_grad_(), starts, columns, torch.randn(6)),
+        (torch.randn(3, 5, requires_grad=True), values.requires_grad_(), starts, columns, 5, torch.randn(6)),
     )

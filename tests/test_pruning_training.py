@@ -188,6 +188,124 @@ def test_resuming_brings_back_masks_schedule_and_scores(criterion: str, at: int,
     assert not layout_of(AutoModelForCausalLM.from_pretrained(checkpoint))
 
 
+@pytest.mark.parametrize("at", [4, 8, 10])
+def test_structured_pruning_resumes(at: int, tmp_path: Path) -> None:
+    fields = {"sparsity": 0.4, "structured": True}
+    whole = make_model("llama")
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": at}
+    trainer(whole, tmp_path, [PruningCallback(config(**fields))], **arguments).train()
+    resumed = make_model("llama")
+    run = trainer(resumed, tmp_path / "again", [PruningCallback(config(**fields))], **arguments)
+    run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    torch.testing.assert_close(logits(resumed.eval()), logits(whole.eval()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_single_shot_after_the_warm_up_resumes(at: int, tmp_path: Path) -> None:
+    recipe = PruningConfig(sparsity=0.8, criterion="snip", warmup_steps=3)
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": at, "steps": 6}
+    whole = make_model("llama")
+    trainer(whole, tmp_path, [PruningCallback(recipe)], **arguments).train()
+    resumed = make_model("llama")
+    run = trainer(resumed, tmp_path / "again", [PruningCallback(recipe)], **arguments)
+    run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert sparsity(resumed) == pytest.approx(0.8, abs=1e-4)
+    assert all(torch.equal(layer.mask(), zeros(whole)[path]) for path, layer in layers(resumed).items())
+
+
+def test_checkpoints_of_other_trainings_are_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8}
+    trainer(make_model("llama"), tmp_path / "plain", [], **arguments).train()
+    run = trainer(make_model("llama"), tmp_path, [PruningCallback(config())], **arguments)
+    with pytest.raises(hf_compress.ConfigurationError, match="holds no masks"):
+        run.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-8"))
+    trainer(make_model("llama"), tmp_path / "half", [PruningCallback(config(sparsity=0.5))], **arguments).train()
+    run = trainer(make_model("llama"), tmp_path, [PruningCallback(config())], **arguments)
+    with pytest.raises(hf_compress.ConfigurationError, match=r"sparsity of 0\.5, and this one goes to 0\.9"):
+        run.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-8"))
+
+
+def test_matrices_left_out_of_a_second_pruning_keep_their_zeros(tmp_path: Path) -> None:
+    model = pruned(sparsity=0.5)
+    masks = zeros(model)
+    again = copy.deepcopy(model)
+    trainer(model, tmp_path, [PruningCallback(config(modules_to_not_convert=["mlp"]))]).train()
+    hf_compress.compress(again, PruningConfig(sparsity=0.9, criterion="random", modules_to_not_convert=["mlp"]))
+    for one in (model, again):
+        assert layers(one).keys() == masks.keys()
+        assert all(torch.equal(layer.mask(), masks[path]) for path, layer in layers(one).items() if "mlp" in path)
+        assert not any("pruning" in name for name in one.state_dict())
+    for recipe in (PruningConfig(sparsity=0.6, criterion="magnitude", structured=True),):
+        with pytest.raises(hf_compress.ConfigurationError, match="single weights are pruned already"):
+            hf_compress.compress(again, recipe)
+        with pytest.raises(hf_compress.ConfigurationError, match="single weights are pruned already"):
+            Pruner(again, recipe)
+
+
+@pytest.mark.parametrize("values", ["int8", "float32", "bfloat16"])
+def test_values_stay_stored_as_they_were(values: str, tmp_path: Path) -> None:
+    model = pruned(values=values)
+    trainer(model, tmp_path, [PruningCallback()], steps=2).train()
+    assert {layer.format.values for layer in layers(model).values()} == {values}
+
+
+def test_a_criterion_that_has_seen_nothing_does_not_choose(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for parameter in kwargs["model"].parameters():
+                parameter.grad.fill_(float("nan"))
+
+    model = make_model("llama")
+    run = trainer(model, tmp_path, [Poison(), PruningCallback(config())], learning_rate=0.0)
+    with pytest.warns(UserWarning, match="ended before the pruning schedule"):
+        run.train()
+    assert not layers(model)
+
+
+def test_a_model_is_finalized_once_and_says_what_it_has_seen(tmp_path: Path) -> None:
+    model = make_model("llama")
+    callback = PruningCallback(PruningConfig(sparsity=0.9, criterion="snip_magnitude"))
+    dense_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+    run = trainer(model, tmp_path, [callback], steps=3)
+    run.train()
+    assert any(entry.get("pruning_score_ratio", 0) > 0 for entry in run.state.log_history)
+    report = model.compression_report
+    assert report.notes["skipped_steps"] == 0
+    assert report.notes["sensitivity_to_magnitude"] > 0
+    assert report.bytes_before == dense_bytes
+    for call in (callback.finalize, lambda: callback.pruner.update(4)):
+        with pytest.raises(hf_compress.ConfigurationError, match="finalized already"):
+            call()
+
+
+def test_saving_masks_outside_a_training_warns(tmp_path: Path) -> None:
+    run = trainer(pruned(), tmp_path, [PruningCallback()])
+    with pytest.warns(UserWarning, match="saved dense"):
+        run.save_model(str(tmp_path / "out"))
+
+
+def test_frozen_matrices_are_held_and_new_models_refused(tmp_path: Path) -> None:
+    model = pruned()
+    for parameter in model.model.layers.parameters():
+        parameter.requires_grad_(False)
+    trainer(model, tmp_path, [PruningCallback()], steps=2).train()
+    assert sparsity(model) == pytest.approx(0.9, abs=1e-4)
+    frozen = make_model("llama")
+    frozen.model.layers.requires_grad_(False)
+    with pytest.raises(hf_compress.ConfigurationError, match="blocks are frozen"):
+        trainer(frozen, tmp_path, [PruningCallback(config())]).train()
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(8, 16)]
+    run = Trainer(
+        model_init=lambda: make_model("llama"),
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[PruningCallback(config())],
+    )
+    with pytest.raises(hf_compress.ConfigurationError, match="model_init"):
+        run.train()
+
+
 def test_the_best_model_is_never_from_before_the_schedules_end(tmp_path: Path) -> None:
     model = make_model("llama")
     arguments: dict[str, Any] = {

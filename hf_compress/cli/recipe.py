@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from ..configuration import MethodConfig
 
 # Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
-Method = Annotated[str, typer.Option(help="modular (modular decomposition), codebook (learned codebooks) or pruning.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="modular (modular decomposition), codebook (learned codebooks), pruning or sharing (of layers)."
+    ),
+]
 Reduction = Annotated[
     str | None,
     typer.Option(help="Fraction of block-linear weights to remove, or one a kind: mlp=0.25,query_key=0.1."),
@@ -43,6 +48,10 @@ Values = Annotated[
     str | None, typer.Option(help="pruning: store kept weights as auto, float16, bfloat16, float32 or int8.")
 ]
 BaseModel = Annotated[str | None, typer.Option(help="pruning: the checkpoint that --criterion delta compares with.")]
+UniqueLayers = Annotated[int | None, typer.Option(help="sharing: blocks that are kept; the others use theirs.")]
+LayerOrder = Annotated[str | None, typer.Option(help="sharing: cycle or sequence.")]
+LoraRank = Annotated[int | None, typer.Option(help="sharing: rank of every loop's own correction.")]
+InferenceIterations = Annotated[int | None, typer.Option(help="sharing: block evaluations at inference.")]
 Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]
 Allocation = Annotated[str | None, typer.Option(help="block_influence, uniform or search.")]
 Temperature = Annotated[str | None, typer.Option(help="Temperature of the allocation, or auto.")]
@@ -75,10 +84,10 @@ def build_recipe(method: str, **options: Any) -> MethodConfig:
     from ..methods.codebook.configuration import CodebookConfig
     from ..methods.modular.configuration import ModularDecompositionConfig
     from ..methods.pruning.configuration import PruningConfig
+    from ..methods.sharing.configuration import LayerSharingConfig
 
-    recipes: dict[str, type[MethodConfig]] = {
-        config.method: config for config in (ModularDecompositionConfig, CodebookConfig, PruningConfig)
-    }
+    known = (ModularDecompositionConfig, CodebookConfig, PruningConfig, LayerSharingConfig)
+    recipes: dict[str, type[MethodConfig]] = {config.method: config for config in known}
     # The method's own name may be longer than what one likes to type.
     recipes["modular"] = ModularDecompositionConfig
     if method not in recipes:

@@ -29,6 +29,10 @@ def run(
     structured: options.Structured = None,
     values: options.Values = None,
     base_model: options.BaseModel = None,
+    unique_layers: options.UniqueLayers = None,
+    layer_order: options.LayerOrder = None,
+    lora_rank: options.LoraRank = None,
+    inference_iterations: options.InferenceIterations = None,
     kinds: options.Kinds = None,
     allocation: options.Allocation = None,
     temperature: options.Temperature = None,
@@ -74,18 +78,22 @@ def run(
         structured=structured,
         values=values,
         base_model=base_model,
+        unique_layers=unique_layers,
+        lora_rank=lora_rank,
+        inference_iterations=inference_iterations,
         kinds=options.parse_kinds(kinds),
         allocation=allocation,
         temperature=options.parse_temperature(temperature),
         search_minutes=search_minutes,
         rank_multiple=rank_multiple,
         portable=portable,
-        order=order,
+        order=order if layer_order is None else layer_order,
         value_output=value_output,
         modules_to_not_convert=modules_to_not_convert,
         seed=seed,
     )
 
+    recipe.check_in_one_call()
     calibration = None
     if dataset or recipe.needs_data:
         calibration = options.build_calibration(

@@ -67,13 +67,16 @@ def compress(
     anatomy, methods, sources = prepare(model, recipe, calibration)
     _require_finite_weights(model)
     base = str(getattr(model.config, "name_or_path", "") or "")
+    before = count_weights(anatomy)
     earlier = _reopen(model, recipe) if goes_on else []
 
     def run() -> Outcome:
-        return _run(model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base)
+        return _run(
+            model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base, before
+        )
 
     # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad(), _interruptible(model):
+    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, goes_on):
         report, provenance, _ = on_one_process(model, run)
         for method in methods:
             method.finish()
@@ -90,14 +93,14 @@ def continues(recipe: CompressionConfig, layout: list[dict[str, Any]]) -> bool:
 def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str, Any]]:
     """Make a compressed model dense for a method that goes on with it; the stages that have been."""
     stages: list[dict[str, Any]] = list(model.config.quantization_config.recipe.get("stages", []))
-    method_class(recipe.stages[0]).reopen(model)
+    method_class(recipe.stages[0]).reopen(model, recipe.stages[0])
     model.hf_quantizer.remove_quantization_config(model)
     model.__dict__.pop("compression_report", None)
     return stages
 
 
 @contextmanager
-def _interruptible(model: nn.Module) -> Iterator[None]:
+def _interruptible(model: nn.Module, opened: bool) -> Iterator[None]:
     """Run in evaluation mode; after an exception, mark a model of which some blocks are compressed and some are not.
 
     Keeping the dense modules until the end would make this a plain undo, at the price of the whole model's memory.
@@ -109,10 +112,12 @@ def _interruptible(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, training in modes.items():
             module.training = training
-        if layout_of(model):
+        if opened or layout_of(model):
             model.__dict__[UNFINISHED] = True
         raise
     model.train(modes[model])
+    for module, training in modes.items():
+        module.training = training
 
 
 def prepare(
@@ -125,6 +130,8 @@ def prepare(
         CalibrationError: a stage that needs data and has none, or data on this machine that cannot be read.
     """
     anatomy = resolve_anatomy(model)
+    for stage in recipe.stages:
+        stage.check_in_one_call()
     methods = [create_method(stage, anatomy) for stage in recipe.stages]
     if len(recipe.stages) > 1:
         raise ConfigurationError(
@@ -154,8 +161,8 @@ def _run(
     load_arguments: dict[str, Any],
     working_directory: str | Path | None,
     base: str,
+    before: tuple[int, int, int],
 ) -> Outcome:
-    before = count_weights(anatomy)
     checksum = model_checksum(model) if working_directory is not None else None
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}

@@ -106,8 +106,9 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
         self.anatomy = anatomy
 
     @staticmethod
-    def reopen(model: PreTrainedModel) -> None:
-        """Make the modules of `continues` dense again, without forgetting what they must keep."""
+    def reopen(model: PreTrainedModel, config: Any) -> None:
+        """Make the modules of `continues` that a configuration is for dense again, without forgetting what they must
+        keep."""
 
     @property
     def collects(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..errors import ConfigurationError
 from .operators import any_requires_grad, is_eager, operator
 
 with warnings.catch_warnings():
@@ -29,30 +30,47 @@ def sparse_linear(
     values: Float[Tensor, "nonzeros"],
     row_starts: Int[Tensor, "rows_and_one"],
     column_indices: Int[Tensor, "nonzeros"],
+    columns: int,
     bias: Float[Tensor, "rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
     """`x Wᵀ + bias` in x's dtype, computed in float32 (float64 for inputs in float64).
 
     Args:
         values, row_starts, column_indices: W in compressed rows, int32 indices.
+        columns: of W.
+
+    Raises:
+        ConfigurationError: an input of another width.
     """
     if is_eager(x) and not any_requires_grad(x, values, bias):
-        return _linear(x, values, row_starts, column_indices, bias)
-    result: Tensor = torch.ops.hf_compress.sparse_linear(x, values, row_starts, column_indices, bias)
+        return _linear(x, values, row_starts, column_indices, columns, bias)
+    result: Tensor = torch.ops.hf_compress.sparse_linear(x, values, row_starts, column_indices, columns, bias)
     return result
 
 
-def _linear_fake(x: Tensor, values: Tensor, row_starts: Tensor, column_indices: Tensor, bias: Any) -> Tensor:
+def _check_width(x: Tensor, columns: int) -> None:
+    # Indices beyond the input would read foreign memory.
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ConfigurationError(f"an input of shape {tuple(x.shape)} for a layer of {columns} inputs.")
+
+
+def _linear_fake(
+    x: Tensor, values: Tensor, row_starts: Tensor, column_indices: Tensor, columns: int, bias: Any
+) -> Tensor:
+    _check_width(x, columns)
     return x.new_empty((*x.shape[:-1], row_starts.shape[0] - 1))
 
 
 @operator(
     "sparse_linear",
-    "(Tensor x, Tensor values, Tensor row_starts, Tensor column_indices, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor values, Tensor row_starts, Tensor column_indices, int columns, Tensor? bias) -> Tensor",
     _linear_fake,
 )
-def _linear(x: Tensor, values: Tensor, row_starts: Tensor, column_indices: Tensor, bias: Tensor | None) -> Tensor:
-    matrix = _matrix(values, row_starts, column_indices, x.shape[-1], x.dtype)
+def _linear(
+    x: Tensor, values: Tensor, row_starts: Tensor, column_indices: Tensor, columns: int, bias: Tensor | None
+) -> Tensor:
+    _check_width(x, columns)
+    matrix = _matrix(values, row_starts, column_indices, columns, x.dtype)
     flat = x.reshape(-1, x.shape[-1]).to(matrix.dtype)
     # Autocast would have the product in a dtype that compressed rows do not know.
     with torch.autocast(x.device.type, enabled=False):
@@ -91,7 +109,7 @@ def _input_gradient(
     starts = torch.zeros(columns + 1, dtype=row_starts.dtype, device=row_starts.device)
     starts[1:] = torch.bincount(column_indices, minlength=columns).cumsum(0)
     rows = _row_indices(row_starts)[order].to(column_indices.dtype)
-    return _linear(gradient, values[order], starts, rows, None)
+    return _linear(gradient, values[order], starts, rows, len(row_starts) - 1, None)
 
 
 def _value_gradient_fake(gradient: Tensor, x: Tensor, row_starts: Tensor, column_indices: Tensor) -> Tensor:
@@ -118,8 +136,7 @@ def _value_gradient(gradient: Tensor, x: Tensor, row_starts: Tensor, column_indi
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, row_starts, column_indices, _ = inputs
-    ctx.columns = x.shape[-1]
+    x, values, row_starts, column_indices, ctx.columns, _ = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, row_starts, column_indices)
 
 
@@ -134,8 +151,8 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_values = None
     if x is not None:
         to_values = operators.sparse_value_gradient(gradient, x, row_starts, column_indices).to(values.dtype)
-    to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted[4] else None
-    return to_x, to_values, None, None, to_bias
+    to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if wanted[5] else None
+    return to_x, to_values, None, None, None, to_bias
 
 
 torch.library.register_autograd("hf_compress::sparse_linear", _differentiate, setup_context=_save)

@@ -29,7 +29,9 @@ from ..methods.pruning.mathematics import cubic_sparsity
 from ..methods.pruning.method import report_row
 from ..methods.pruning.modules import SparseLinear
 from ..methods.pruning.parts import prunable_parts
-from ..methods.pruning.selection import select, sparsity_of
+from ..methods.pruning.scores import warn_if_fresh_head
+from ..methods.pruning.selection import select, sparsity_of, warn_if_undecided
+from ..methods.pruning.state import TrainingState
 from ..methods.pruning.structured import removable_groups
 
 
@@ -64,26 +66,38 @@ class Pruner:
         self.model, self.config = model, config
         self.earlier: dict[str, Any] = {}
         self._check(model, config)
+        anatomy = resolve_anatomy(model)
+        self._counts_before = count_weights(anatomy)
         if layout_of(model):
             self._open(model)
-        already = masked_modules(model)
         self.anatomy = resolve_anatomy(model)
         parts, self._alone = prunable_parts(config or PruningConfig(sparsity=0), self.anatomy)
-        self._parts = {part.path: part for part in parts if config is not None or part.path in already}
-        modules = {path: model.get_submodule(path) for path in self._parts}
-        _check_whole(modules)
-        attach_masks(modules.values())
-        self.modules = modules
+        self._parts = {part.path: part for part in prunable_parts(PruningConfig(sparsity=0), self.anatomy)[0]}
+        already = masked_modules(model)
+        pruned = [part.path for part in parts if config is not None or part.path in already]
+        self.modules = {path: model.get_submodule(path) for path in pruned}
+        # Pruned before and left out of this recipe: their zeros stay.
+        self._held = {path: module for path, module in already.items() if path not in self.modules}
+        _check_whole(self.modules)
+        attach_masks(self.modules.values())
         zeros = any(not bool(mask.all()) for mask in self._masks().values())
         self._before = {path: mask.clone() for path, mask in self._masks().items()} if zeros else None
         self._structure = removable_groups(self.anatomy, parts) if config is not None and config.structured else None
-        self._gathering = None if config is None else Gathering(config, modules)
+        self._gathering = None if config is None else Gathering(config, self.modules)
+        self._state = TrainingState(next(iter(self.modules.values())), 0.0 if config is None else config.sparsity)
+        self._terms: tuple[float, float] | None = None
         self._window: tuple[int, int] | None = None
         if total_steps is not None:
             self.set_total_steps(total_steps)
         elif config is None or not any(isinstance(step, float) for step in (config.start_step, config.end_step)):
             self.set_total_steps(None)
-        self._dense_counts = count_weights(self.anatomy)
+        if (
+            config is not None
+            and config.needs_gradients
+            and config.schedule == "single_shot"
+            and not config.warmup_steps
+        ):
+            warn_if_fresh_head(model)
 
     @staticmethod
     def _check(model: PreTrainedModel, config: PruningConfig | None) -> None:
@@ -102,6 +116,15 @@ class Pruner:
             return
         if config.criterion == "wanda":
             raise ConfigurationError('PruningConfig: `criterion="wanda"` is for models that are not trained.')
+        if config.calibration is not None:
+            raise ConfigurationError(
+                "PruningConfig: `calibration` has no effect in a training, which has its own data."
+            )
+        if config.structured and (types or masked_modules(model)):
+            raise ConfigurationError(
+                "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one single "
+                "weights are pruned already. Begin with the dense original."
+            )
         if config.base_model is not None:
             raise ConfigurationError(
                 "PruningConfig: `base_model` has no effect in a training: the weights at its start are the base."
@@ -128,7 +151,8 @@ class Pruner:
         start = max(_in_steps(config.start_step, total), config.warmup_steps)
         end = start if config.end_step is None else _in_steps(config.end_step, total)
         if config.schedule == "single_shot":
-            start = end = max(start, 1)
+            # The first step whose gradients come through a trained head.
+            start = end = max(start, config.warmup_steps + 1)
         if total is not None and end > total:
             raise ConfigurationError(
                 f"PruningConfig: the pruning ends at step {end}, and the training has {total} steps. Lower `end_step` "
@@ -155,29 +179,48 @@ class Pruner:
     @property
     def skipped_steps(self) -> int:
         """Steps whose gradients were NaN or infinite, and which no score has seen."""
-        return 0 if self._gathering is None else self._gathering.skipped
+        return self._state.skipped
 
     @property
     def score_ratio(self) -> float | None:
         """Sum of |w·g| over the sum of α w² when `"snip_magnitude"` was last worked out."""
-        terms = None if self._gathering is None else self._gathering.terms
-        return None if terms is None or not terms[1] else terms[0] / terms[1]
+        return None if self._terms is None or not self._terms[1] else self._terms[0] / self._terms[1]
 
     def resume(self, step: int) -> None:
-        """Go on after `step` steps with the masks and scores that the state dict has brought back."""
-        assert self._window is not None
-        if step >= self._window[1]:
+        """Go on after `step` steps with the masks and scores that the state dict has brought back.
+
+        Raises:
+            ConfigurationError: the checkpoint was written without a Pruner, or with another recipe.
+        """
+        if self._state.step != step:
+            raise ConfigurationError(
+                f"the checkpoint of step {step} holds no masks of that step: it was written without a "
+                "PruningCallback, or not loaded into this model. Start the training afresh."
+            )
+        wanted = 0.0 if self.config is None else self.config.sparsity
+        if abs(self._state.target - wanted) > 1e-6:
+            raise ConfigurationError(
+                f"the checkpoint was written by a pruning to a sparsity of {self._state.target:g}, and this one goes "
+                f"to {wanted:g}. Resume with the recipe that it was made with."
+            )
+        if self._state.finished:
             self._close()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step` (from 1), before the gradients are cleared."""
+        """After optimizer step number `step` (from 1), before the gradients are cleared.
+
+        Raises:
+            ConfigurationError: the total number of steps is needed and not known, or the model is finalized.
+            NumericalError: there are no gradients.
+        """
         if self._window is None:
             raise ConfigurationError("steps are given as shares of the training: set_total_steps(...) comes first.")
+        self._require_in_place()
         start, end = self._window
         config = self.config
         if config is not None and self._gathering is not None and step > config.warmup_steps:
-            self._gathering.observe()
+            self._state.count(self._gathering.observe())
             due = step >= end or (step > start and (step - start) % config.update_interval == 0)
             if due and (config.schedule == "cubic" or step >= start) and self._choose(step, start, end):
                 apply_masks(self.modules.values())
@@ -188,16 +231,22 @@ class Pruner:
         elif self._before is not None:
             for path, module in self.modules.items():
                 weight = module.get_parameter("weight")
-                weight.mul_(self._before[path].to(weight.device))
+                weight.masked_fill_(~self._before[path].to(weight.device), 0.0)
+        apply_masks(self._held.values())
+        self._state.step = step
 
     def _choose(self, step: int, start: int, end: int) -> bool:
         assert self.config is not None and self._gathering is not None
         target = self.config.sparsity
         if self.config.schedule == "cubic":
             target = cubic_sparsity(step, start, end, target)
+        if self.config.criterion in ("sensitivity", "movement") and not self._state.observed:
+            return False  # nothing was seen yet
         scores = self._gathering.scores()
         if scores is None:
+            self._state.count(False)
             return False  # this step's gradients say nothing; the next one is asked
+        self._terms = self._gathering.terms
         if self._structure is not None:
             self._structure.choose(scores, target, self.config.compared)
             masks = self._structure.masks(scores)
@@ -208,12 +257,19 @@ class Pruner:
             own = mask_of(self.modules[path])
             assert own is not None
             own.copy_(mask)
+        if step >= end and self._structure is None:
+            warn_if_undecided(scores, masks)
         return True
 
     def _close(self) -> None:
         if self._gathering is not None:
             self._gathering.close()
             self._gathering = None
+        self._state.finished = True
+
+    def _require_in_place(self) -> None:
+        if not self.modules_in_place():
+            raise ConfigurationError("the model is finalized already; make a new Pruner to prune it further.")
 
     def _masks(self) -> dict[str, torch.Tensor]:
         return {path: module.get_buffer("pruning_mask") for path, module in self.modules.items()}
@@ -226,28 +282,36 @@ class Pruner:
             The same model, ready for `save_pretrained`.
 
         Raises:
-            ConfigurationError: the schedule has not come to its end.
+            ConfigurationError: the schedule has not come to its end, or the model is finalized already.
         """
+        self._require_in_place()
         if not self.finished:
             raise ConfigurationError("the pruning schedule has not come to its end; train on, then finalize().")
         model, rows = self.model, []
         notes: dict[str, Any] = {"sparsity": round(self.sparsity, 6)}
-        apply_masks(self.modules.values())
+        if self.config is not None:
+            notes["skipped_steps"] = self.skipped_steps
+        if self.score_ratio is not None:
+            notes["sensitivity_to_magnitude"] = float(f"{self.score_ratio:.4g}")
+        modules = {**self.modules, **self._held}
+        apply_masks(modules.values())
         if self._structure is not None:
+            # As the masks say: a checkpoint may have brought them back.
+            self._structure.adopt(self._masks())
             for block in range(len(self.anatomy)):
                 result = self._structure.compress_block(block)
                 rows += result.rows
                 _replace(model, result.modules)
         else:
-            values = "auto" if self.config is None else self.config.values
-            for path, module in self.modules.items():
+            for path, module in modules.items():
                 mask = mask_of(module)
                 assert mask is not None
+                values = "auto" if self.config is None or path in self._held else self.config.values
                 layer = sparse_layer(module, mask, values)
                 rows.append(report_row(self._parts[path], module, layer))
                 _replace(model, {path: layer})
         remove_masks(model)
-        before, after = self._dense_counts, count_weights(self.anatomy)
+        before, after = self._counts_before, count_weights(self.anatomy)
         sizes = (before[0], after[0], before[1], after[1], before[2], after[2])
         report = CompressionReport(rows, *sizes, notes, self._alone)
         recipe = self.config or PruningConfig(sparsity=notes["sparsity"])
@@ -277,7 +341,8 @@ def _in_steps(step: int | float, total: int | None) -> int:
 def _plain_model(model: Any) -> PreTrainedModel:
     """What a wrapper for several devices holds. Raises `UnsupportedModelError` if it is no Transformers model."""
     inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
-    if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+    adapted = hasattr(inner, "get_base_model") and hasattr(inner, "peft_config")
+    if adapted or getattr(inner, "_hf_peft_config_loaded", False):
         raise ConfigurationError(
             "the model carries a PEFT adapter: the matrices are frozen under it and their zeros stay. Train it "
             "without a PruningCallback, or prune before the adapter is attached."

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigurationError
+from ..layout import TRAINED
 from ..methods.pruning.configuration import PruningConfig
 from .pruner import Pruner
 
@@ -57,6 +58,11 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self.pruner is not None and model is not self.pruner.model:
+            raise ConfigurationError(
+                "the Trainer trains another model than it was made with: a PruningCallback does not work with "
+                "`model_init`."
+            )
         if self.pruner is None or not self.pruner.modules_in_place():
             raise ConfigurationError(
                 "the PruningCallback has to be among the `callbacks` that a new Trainer is made with: masks must be "
@@ -69,11 +75,15 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step:
             self.pruner.resume(state.global_step)
         self._best_is_pruned = self.pruner.finished
+        model.__dict__[TRAINED] = True
 
     def _check_optimizer(self, optimizer: Any) -> None:
         assert self.pruner is not None
         known = {id(p) for group in getattr(optimizer, "param_groups", []) for p in group["params"]}
-        strangers = [path for path, m in self.pruner.modules.items() if id(m.get_parameter("weight")) not in known]
+        weights = {path: module.get_parameter("weight") for path, module in self.pruner.modules.items()}
+        # A frozen matrix can be pruned by what it is; gradients it has none.
+        needs = self.config is not None and (self.config.needs_gradients or self.config.criterion == "delta")
+        strangers = [path for path, w in weights.items() if id(w) not in known and (w.requires_grad or needs)]
         if known and strangers:
             raise ConfigurationError(
                 f"the optimizer does not hold the weight of {strangers[0]!r}. Let the Trainer make the optimizer, or "
@@ -121,7 +131,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         if self.pruner is None or not self.pruner.modules_in_place():
             return
         found: dict[str, Any] = {"pruning_sparsity": round(self.pruner.sparsity, 6)}
-        if not self.pruner.finished:
+        if self.config is not None:
             found["pruning_skipped_steps"] = self.pruner.skipped_steps
             found["pruning_clipped"] = bool(args.max_grad_norm)
         if self.pruner.score_ratio is not None:
@@ -134,6 +144,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.pruner is not None
+        self.pruner.model.__dict__.pop(TRAINED, None)
         if self.pruner.finished:
             self.finalize()
         else:

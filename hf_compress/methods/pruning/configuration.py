@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from ...configuration import MethodConfig, register_method_config
+from ...errors import ConfigurationError
 
 Criterion = Literal[
     "snip_magnitude",
@@ -118,3 +119,26 @@ class PruningConfig(MethodConfig):
     def needs_data(self) -> bool:
         """Without a training."""
         return self.needs_gradients or self.criterion == "wanda"
+
+    def check_in_one_call(self) -> None:
+        reason = None
+        if self.criterion == "movement":
+            reason = '`criterion="movement"` sums over the steps of a training'
+        elif self.schedule == "cubic":
+            reason = '`schedule="cubic"` prunes step by step'
+        elif self.warmup_steps:
+            reason = "`warmup_steps` trains the head first"
+        if reason is not None:
+            raise ConfigurationError(
+                f"PruningConfig: {reason}, and here nothing is trained. Give the configuration to a Trainer: "
+                "callbacks=[hf_compress.PruningCallback(config)]."
+            )
+        if self.criterion == "delta" and self.base_model is None:
+            raise ConfigurationError(
+                'PruningConfig: `criterion="delta"` needs `base_model`, the checkpoint that this model was tuned '
+                "from; or give the configuration to a Trainer: callbacks=[hf_compress.PruningCallback(config)]."
+            )
+        if self.criterion == "wanda" and self.compared == "global":
+            raise ConfigurationError(
+                'PruningConfig: `criterion="wanda"` compares within rows or layers, not globally.'
+            )

@@ -19,13 +19,11 @@ class Gathering:
         modules: the dense modules that are pruned, by path.
 
     Attributes:
-        skipped: steps whose gradients were not finite, and left no trace.
         terms: sums of |w·g| and of α w² when `"snip_magnitude"` was last worked out.
     """
 
     def __init__(self, config: PruningConfig, modules: dict[str, nn.Module]) -> None:
         self.config, self.modules = config, modules
-        self.skipped = 0
         self.terms: tuple[float, float] | None = None
         for module in modules.values():
             weight = module.get_parameter("weight")
@@ -35,7 +33,7 @@ class Gathering:
                 module.register_buffer(START, weight.detach().clone())
 
     def gradients(self) -> dict[str, Tensor] | None:
-        """Of the step just made; `None`, and counted, where one is not finite.
+        """Of the step just made; `None` where one is not finite.
 
         Raises:
             NumericalError: there are none: the matrices are frozen, or the gradients were cleared before.
@@ -49,19 +47,17 @@ class Gathering:
                     "optimizer.zero_grad(), and let the matrices of the blocks train."
                 )
             found[path] = gradient
-        if all(bool(torch.isfinite(gradient).all()) for gradient in found.values()):
-            return found
-        self.skipped += 1
-        return None
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
+        return found if finite else None
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Take in a step."""
+    def observe(self) -> bool | None:
+        """Take in a step; whether its gradients were finite, or `None` where the criterion gathers nothing."""
         if self.config.criterion not in ("sensitivity", "movement"):
-            return
+            return None
         gradients = self.gradients()
         if gradients is None:
-            return
+            return False
         for path, gradient in gradients.items():
             module = self.modules[path]
             product, score = module.get_parameter("weight").float() * gradient, module.get_buffer(SCORE)
@@ -69,6 +65,7 @@ class Gathering:
                 score.sub_(product)
             else:
                 score.mul_(self.config.decay).add_(product.abs_(), alpha=1 - self.config.decay)
+        return True
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor] | None:

@@ -7,7 +7,7 @@ of a training hold them and resuming from anywhere restores them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
+from ...engine.exclusion import is_excluded
 from .configuration import Values
 from .format import store
 from .modules import SparseLinear
 
-MASK, SCORE, START = "pruning_mask", "pruning_score", "pruning_start"
-BUFFERS = (MASK, SCORE, START)
-# What a model whose sparse layers were opened keeps of its quantizer, for the time of a training.
-OPENED = "_hf_compress_opened"
+MASK, SCORE, START, STATE = "pruning_mask", "pruning_score", "pruning_start", "pruning_state"
+BUFFERS = (MASK, SCORE, START, STATE)
+# How the values of an opened layer were stored.
+STORED = "pruning_values"
 
 
 def mask_of(module: nn.Module) -> Bool[Tensor, "*shape"] | None:
@@ -51,7 +52,8 @@ def apply_masks(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         mask = mask_of(module)
         if mask is not None:
-            module.get_parameter("weight").mul_(mask)
+            # Not a product: that of zero and infinity is none.
+            module.get_parameter("weight").masked_fill_(~mask, 0.0)
 
 
 def remove_masks(model: nn.Module) -> None:
@@ -61,9 +63,13 @@ def remove_masks(model: nn.Module) -> None:
             module._buffers.pop(name, None)
 
 
-def open_layers(model: PreTrainedModel) -> None:
+def open_layers(model: PreTrainedModel, modules_to_not_convert: Sequence[str] = ()) -> None:
     """Dense modules with masks in place of sparse layers, as a training or another pruning needs them."""
-    found = [(path, module) for path, module in model.named_modules() if type(module) is SparseLinear]
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module) is SparseLinear and not is_excluded(path, modules_to_not_convert)
+    ]
     if not found:
         return
     with torch.device("meta"):
@@ -88,12 +94,15 @@ def _dense_module(layer: SparseLinear, dense: nn.Module) -> nn.Module:
     wanted = layer.values.requires_grad or not isinstance(layer.values, nn.Parameter)
     for parameter in dense.parameters():
         parameter.requires_grad_(wanted)
+    dense.__dict__[STORED] = layer.format.values
     return dense
 
 
 @torch.no_grad()
 def sparse_layer(module: nn.Module, mask: Bool[Tensor, "*shape"], values: Values) -> SparseLinear:
-    """The sparse layer in place of a dense module, for a mask in the shape of its weight."""
+    """The sparse layer in place of a dense module, for a mask in the shape of its weight; values are stored as they
+    were before where nothing else is asked for."""
+    values = module.__dict__.get(STORED, values) if values == "auto" else values
     rows = mask.T if isinstance(module, Conv1D) else mask
     weight = dense_rows(module)
     return SparseLinear.in_place_of(module, store(weight, rows, values, weight.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,7 +26,7 @@ from .modules import SparseLinear
 from .parts import Part, prunable_parts
 from .positions import ESCAPE
 from .scores import pruned_before, score_matrices
-from .selection import select, sparsity_of
+from .selection import select, sparsity_of, warn_if_undecided
 from .structured import Structure, removable_groups
 
 # Sums of squares of the inputs of a block's matrices.
@@ -41,12 +42,16 @@ class Pruning(Method[PruningConfig, Energies | None]):
 
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
-        self._check_untrained(config)
         self.needs_calibration = config.needs_data
         self.sequential = config.criterion == "wanda"
         self.parts, self.left_alone = prunable_parts(config, anatomy)
         self.structure: Structure | None = None
         if config.structured:
+            if any(isinstance(anatomy.model.get_submodule(part.path), SparseLinear) for part in self.parts):
+                raise ConfigurationError(
+                    "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one "
+                    "single weights are pruned already. Begin with the dense original."
+                )
             self.structure = removable_groups(anatomy, self.parts)
             inside = {path for group in self.structure.groups for path in group.paths}
             self.left_alone += [f"{part.path}: no head or column" for part in self.parts if part.path not in inside]
@@ -58,33 +63,8 @@ class Pruning(Method[PruningConfig, Energies | None]):
         return self.config.criterion == "wanda"
 
     @staticmethod
-    def _check_untrained(config: PruningConfig) -> None:
-        """What only a training can do. Raises `ConfigurationError`."""
-        reason = None
-        if config.criterion == "movement":
-            reason = '`criterion="movement"` sums over the steps of a training'
-        elif config.schedule == "cubic":
-            reason = '`schedule="cubic"` prunes step by step'
-        elif config.warmup_steps:
-            reason = "`warmup_steps` trains the head first"
-        if reason is not None:
-            raise ConfigurationError(
-                f"PruningConfig: {reason}, and here nothing is trained. Give the configuration to a Trainer: "
-                "callbacks=[hf_compress.PruningCallback(config)]."
-            )
-        if config.criterion == "delta" and config.base_model is None:
-            raise ConfigurationError(
-                'PruningConfig: `criterion="delta"` needs `base_model`, the checkpoint that this model was tuned '
-                "from; or give the configuration to a Trainer: callbacks=[hf_compress.PruningCallback(config)]."
-            )
-        if config.criterion == "wanda" and config.compared == "global":
-            raise ConfigurationError(
-                'PruningConfig: `criterion="wanda"` compares within rows or layers, not globally.'
-            )
-
-    @staticmethod
-    def reopen(model: PreTrainedModel) -> None:
-        open_layers(model)
+    def reopen(model: PreTrainedModel, config: Any) -> None:
+        open_layers(model, config.modules_to_not_convert)
 
     def expect(self) -> Expectation:
         model, config = self.anatomy.model, self.config
@@ -112,14 +92,28 @@ class Pruning(Method[PruningConfig, Energies | None]):
         scores = score_matrices(session, self.config, paths)
         if self.structure is not None:
             self.structure.choose(scores, self.config.sparsity, self.config.compared)
-            session.notes["removed_share"] = round(self.structure.removed_share(), 4)
+            session.notes["removed_share"] = share = round(self.structure.removed_share(), 4)
+            if share < self.config.sparsity - 0.02:
+                warnings.warn(
+                    f"only {share:.1%} could be removed of the {self.config.sparsity:.1%} asked for: one head and "
+                    "a few columns stay in every block.",
+                    stacklevel=2,
+                )
             return
         transposed = [path for path in paths if isinstance(self.anatomy.model.get_submodule(path), Conv1D)]
         try:
             self.masks = select(scores, self.config.sparsity, self.config.compared, self.before, transposed)
         except NumericalError as failure:
             raise NumericalError(f"criterion {self.config.criterion!r}: {failure}.") from failure
-        session.notes["sparsity"] = round(sparsity_of(list(self.masks.values())), 6)
+        reached = sparsity_of(list(self.masks.values()))
+        session.notes["sparsity"] = round(reached, 6)
+        if reached > self.config.sparsity + 0.005:
+            warnings.warn(
+                f"a sparsity of {self.config.sparsity} was asked for, and the model is pruned to {reached:.3f} "
+                "already; nothing is un-pruned.",
+                stacklevel=2,
+            )
+        warn_if_undecided(scores, self.masks)
 
     def decisions(self) -> None:
         """The masks are as large as the model: an interrupted run surveys again, which takes most of its time anyway,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
@@ -23,6 +24,30 @@ SPARSE_ON_CPU = torch.backends.mkl.is_available()
 # The largest share of kept weights at which compressed rows are faster than a dense product: on a CPU in float32, on
 # a CPU in bfloat16 where it has instructions for it, and on other devices.
 SPARSE_BELOW = {"cpu": 0.15, "cpu, bfloat16": 0.03, "other": 0.01}
+
+
+class _OptimizerSteps:
+    """How many steps any optimizer of this process has made: fused ones change parameters unseen by autograd."""
+
+    count = 0
+    handle: Any = None
+
+    @classmethod
+    def seen(cls) -> int:
+        if cls.handle is None:
+            cls.handle = register_optimizer_step_post_hook(lambda *_: cls._increase())
+        return cls.count
+
+    @classmethod
+    def _increase(cls) -> None:
+        cls.count += 1
+
+
+def _state_of(tensor: Tensor | None) -> Any:
+    """What changes with a tensor's contents, as far as autograd sees it."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.device, 0 if tensor.is_inference() else tensor._version
 
 
 @register_module_type
@@ -166,7 +191,7 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         row_starts, column_indices = self._rows()
         if self.runs_sparse(input):
-            return sparse_linear(input, self.kept_values(), row_starts, column_indices, self.bias)
+            return sparse_linear(input, self.kept_values(), row_starts, column_indices, self.in_features, self.bias)
         return nn.functional.linear(input, self._dense_weight(input.dtype), self.bias)
 
     def runs_sparse(self, input: Tensor) -> bool:
@@ -182,24 +207,17 @@ class SparseLinear(nn.Linear):
 
     def _dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """`Ŵ` in a dtype: kept between calls while the values stay the same, made afresh where they are trained."""
-        if torch.is_grad_enabled() and self.values.requires_grad:
-            self.__dict__["_dense"] = None
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.values.requires_grad):
             return self.matrix().to(dtype)
-        version = 0 if self.values.is_inference() else self.values._version
-        made_from = (version, self.values.data_ptr(), dtype, self.values.device)
+        made_from = (dtype, _OptimizerSteps.seen(), _state_of(self.values), _state_of(self.scales))
         held = self.__dict__["_dense"]
         if held is None or held[0] != made_from:
-            with torch.no_grad():
+            # A copy made in inference mode could not be used in a training.
+            with torch.inference_mode(False), torch.no_grad():
                 held = (made_from, self.matrix().to(dtype))
             self.__dict__["_dense"] = held
         weight: Tensor = held[1]
         return weight
-
-    def train(self, mode: bool = True) -> SparseLinear:
-        """As any module's; the dense copy is made afresh after a training: optimizers may change values unseen."""
-        if mode:
-            self.__dict__["_dense"] = None
-        return super().train(mode)
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         """The dense matrix with its zeros."""
@@ -222,8 +240,16 @@ class SparseLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # What is saved is what the format says, whatever the model computes in.
         if not keep_vars:
-            name = f"{prefix}values"
-            destination[name] = destination[name].to(DTYPES[self.format.values])
+            name, kind = f"{prefix}values", DTYPES[self.format.values]
+            found = destination[name]
+            if kind == torch.float16 and not found.is_meta and len(found):
+                largest = float(found.abs().max())
+                if largest > torch.finfo(kind).max:
+                    raise CompressionError(
+                        f"{prefix.removesuffix('.')!r} has a weight of {largest:.3g}, beyond the float16 that it is "
+                        'stored in. Prune again with values="bfloat16".'
+                    )
+            destination[name] = found.to(kind)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

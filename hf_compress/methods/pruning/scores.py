@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import ModelAnatomy
+from ...anatomy import ModelAnatomy, resolve_anatomy
 from ...engine.blocks import Batch, model_inputs
 from ...engine.session import Session
 from ...errors import CalibrationError, ConfigurationError, NumericalError
@@ -38,7 +38,7 @@ def score_matrices(session: Session, config: PruningConfig, paths: Sequence[str]
         generator = torch.Generator().manual_seed(config.seed)
         return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}
     if config.criterion == "delta":
-        base, checksum = base_weights(model, config, weights)
+        base, checksum = base_weights(session.anatomy, config, weights)
         session.notes["base_model_checksum"] = checksum
         return {
             path: (weight.float() - base[path].to(weight.device).float()).abs() for path, weight in weights.items()
@@ -165,12 +165,13 @@ def _only_these_train(model: nn.Module, parameters: list[nn.Parameter]) -> Itera
             parameter.requires_grad_(want)
 
 
-def base_weights(model: Any, config: PruningConfig, weights: dict[str, Tensor]) -> tuple[Scores, str]:
+def base_weights(anatomy: ModelAnatomy, config: PruningConfig, weights: dict[str, Tensor]) -> tuple[Scores, str]:
     """The same matrices in the base checkpoint, and the SHA-256 over them.
 
     Raises:
         ConfigurationError: no such checkpoint, other shapes, or another checksum than the recipe names.
     """
+    model: Any = anatomy.model
     try:
         base, loading = type(model).from_pretrained(
             config.base_model,
@@ -180,6 +181,16 @@ def base_weights(model: Any, config: PruningConfig, weights: dict[str, Tensor]) 
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"the base model {config.base_model!r} cannot be loaded: {error}") from error
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ConfigurationError(
+            f"the base model {config.base_model!r} is compressed: its weights are not the originals."
+        )
+    blocks = len(resolve_anatomy(base))
+    if blocks != len(anatomy):
+        raise ConfigurationError(
+            f"the base model {config.base_model!r} has {blocks} blocks and this one {len(anatomy)}: it is no "
+            "checkpoint that this model was tuned from."
+        )
     missing = sorted({f"{path}.weight" for path in weights} & set(loading["missing_keys"]))
     if missing:
         raise ConfigurationError(

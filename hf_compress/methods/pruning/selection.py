@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,6 +45,18 @@ def select(
         else:
             masks[path] = keep_best_of_rows(score, kept_count(score.shape[1], sparsity), among)
     return masks
+
+
+def warn_if_undecided(scores: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    """Warn where more weights are kept than have a score: the others are chosen by their position alone."""
+    scored = sum(int(torch.count_nonzero(score)) for score in scores.values())
+    kept = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+    if scored < kept:
+        warnings.warn(
+            f"only {scored} weights have a score other than zero and {kept} are kept: the criterion tells them apart "
+            "no further, and the first in order stay. Check the data, or choose another criterion.",
+            stacklevel=3,
+        )
 
 
 def sparsity_of(masks: Sequence[Tensor]) -> float:

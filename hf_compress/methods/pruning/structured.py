@@ -92,6 +92,12 @@ class Structure:
             best = sorted((score, unit) for score, at, unit, _ in units if at == index)[-count:]
             group.kept = torch.tensor(sorted(unit for _, unit in best))
 
+    def adopt(self, masks: dict[str, Tensor]) -> None:
+        """Take the choice from masks that a checkpoint brought back."""
+        for group in self.groups:
+            columns = masks[group.inputs].any(dim=0).view(group.units, group.sizes[-1])
+            group.kept = columns.any(dim=1).nonzero().squeeze(1).cpu()
+
     def masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The choice as masks in the shapes of the scores."""
         masks = {path: torch.ones_like(score, dtype=torch.bool) for path, score in scores.items()}
