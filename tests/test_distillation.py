@@ -193,6 +193,21 @@ def test_the_cache_lets_the_teacher_run_once(kind: str, tmp_path: Path) -> None:
         trainer(first, teacher, tmp_path, teacher_cache=str(tmp_path / "cache"), temperature=1.0, **fields)
 
 
+def test_texts_of_unequal_length_are_padded_with_their_labels(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"input_ids": ids[: 5 + index], "labels": ids[: 5 + index]} for index, ids in enumerate(token_ids(8, 16))]
+    rows = [{name: ids.tolist() for name, ids in row.items()} for row in rows]
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = padding.eos_token or padding.convert_ids_to_tokens(0)
+    run = DistillationTrainer(
+        make_model("llama", seed=1),
+        make_model("llama"),
+        arguments(tmp_path, max_steps=2),
+        train_dataset=rows,
+        processing_class=padding,
+    )
+    assert math.isfinite(run.train().training_loss)
+
+
 def narrow_llama() -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -541,7 +541,7 @@ def test_batches_whose_gradients_are_nan_are_left_out() -> None:
 def test_layers_are_timed_beside_dense_ones() -> None:
     found = measure_layers(pruned(scope="layer"), tokens=3, repeats=1)
     assert sum(kind.count for kind in found) == 28
-    assert all(kind.speedup > 0 and "density=0.1" in kind.description for kind in found)
+    assert all(kind.speedup > 0 and "density=" in kind.description for kind in found)
     with pytest.raises(hf_compress.ConfigurationError, match="no compressed linear layer"):
         measure_layers(make_model("llama"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from hf_compress.cli import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Every Python block is run; one more has to be named here and run below.
-EXAMPLE, MIXTURE, FAMILY, CODES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MIXTURE, FAMILY, CODES, PRUNING, SHARING, DISTILLATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASH = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = re.findall(r"^hf-compress .*", BASH, re.MULTILINE)
 INLINE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
@@ -64,6 +65,38 @@ found["family"] = find_record("my_llama").mlp.up
 CODES
 found["bits"] = model.compression_report.bits_per_weight
 print("FOUND", json.dumps(found))
+"""
+
+# What the examples of trainings take for granted.
+BEFORE_TRAININGS = """
+import torch, warnings
+from transformers import (
+    AlbertConfig, AlbertModel, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer,
+    LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification,
+)
+from hf_compress import CalibrationConfig
+
+sizes = dict(hidden_size=32, num_attention_heads=2, intermediate_size=48)
+ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=4, num_labels=10)
+    ).save_pretrained("vit")
+AlbertModel(AlbertConfig(**sizes, num_hidden_layers=12, embedding_size=16, vocab_size=96)).save_pretrained("albert")
+deep = LlamaConfig.from_pretrained("tiny")
+deep.num_hidden_layers = 30
+LlamaForCausalLM(deep).save_pretrained("deep")
+images = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 10} for index in range(32)]
+
+def collate(rows):
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+
+labelled_batches = CalibrationConfig(images, data_collator=collate, num_samples=16)
+quiet = dict(use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no")
+tokenizer = AutoTokenizer.from_pretrained("tiny")
+ids = tokenizer(open("texts.txt").read(), return_tensors="pt")["input_ids"][0]
+tokens = [{"input_ids": row, "labels": row} for row in ids[: 16 * 32].view(16, 32)]
+calibration = CalibrationConfig("texts.txt", num_samples=4, sequence_length=32, num_held_out=0)
+
+def arguments(folder):
+    return TrainingArguments(folder, max_steps=20, per_device_train_batch_size=4, **quiet)
 """
 
 
@@ -141,6 +174,30 @@ def test_the_python_examples(workplace: Path) -> None:
     assert set(found.values()) == {found["example"]}, "every way gives the same recipe's sizes"
 
 
+def test_the_examples_of_trainings(workplace: Path) -> None:
+    deep = ("from_pretrained(name,", 'from_pretrained("deep",')
+    few = DISTILLATION.replace("max_steps=500", "max_steps=2, disable_tqdm=True, use_cpu=True, report_to=[]")
+    parts = [
+        BEFORE_TRAININGS,
+        'name, train, args, model = "vit", images, arguments("p"), ViTForImageClassification.from_pretrained("vit")',
+        PRUNING,
+        "trainer.train()\nprint('SPARSE', type(model.vit.layers[0].mlp.fc1).__name__)",
+        'albert, train, args = "albert", tokens, arguments("s")',
+        substituted(SHARING, deep),
+        "trainer.train()\nprint('SHARED', model.num_parameters())",
+        'name, model = "tiny", AutoModelForCausalLM.from_pretrained("tiny")',
+        few,
+        "trainer.train()\nprint('DISTILLED', trainer.evaluate(train)['eval_divergence'])",
+    ]
+    (workplace / "trainings.py").write_text("\n".join(parts))
+    output = run([sys.executable, "trainings.py"], workplace)
+    assert "SPARSE SparseLinear" in output
+    assert re.search(r"SHARED \d+", output)
+    assert re.search(r"DISTILLED \d", output)
+    stored = json.loads((workplace / "out" / "config.json").read_text())
+    assert stored["quantization_config"]["recipe"]["stages"][0]["criterion"] == "sensitivity"
+
+
 def test_the_commands(workplace: Path) -> None:
     assert [command.split()[1] for command in COMMANDS] == ["plan", "run", "eval"]
     script = "\n".join(re.sub(r"\bMODEL\b", "tiny", re.sub(r"\bOUT\b", "small", command)) for command in COMMANDS)
@@ -180,7 +237,9 @@ def test_every_option_is_known() -> None:
 
 CONFIGURATIONS = [value for value in vars(hf_compress).values() if hasattr(value, "model_fields")]
 FOREIGN = ("quantization_config", "target_modules", "output_attentions")  # of Transformers and PEFT
-SETTINGS = [code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN)]
+SETTINGS = [
+    code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN) and "..." not in code
+]
 
 
 @pytest.mark.parametrize("code", SETTINGS)
@@ -188,7 +247,7 @@ def test_settings_named_in_the_text(code: str) -> None:
     """`kinds="auto"` and the like: a field of a configuration of ours with a value that it takes."""
     keywords = ast.parse(f"f({code})").body[0].value.keywords  # type: ignore[attr-defined]
     given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
-    required = {"reduction": 0.2, "dataset": ["text"], "bits": 2}
+    required = {"reduction": 0.2, "dataset": ["text"], "bits": 2, "sparsity": 0.5, "unique_layers": 2}
 
     def takes(owner: Any) -> bool:
         fields = {field: value for field, value in required.items() if field in owner.model_fields}
@@ -205,8 +264,12 @@ def test_names_in_the_text() -> None:
     """`channel_score` and the like: fields and functions that there are."""
     named = {code for code in INLINE if re.fullmatch(r"[a-z]+(_[a-z]+)+", code)}
     fields = {field for owner in CONFIGURATIONS for field in owner.model_fields}
+    fields |= set(inspect.signature(hf_compress.DistillationConfig).parameters)
+    fields |= set(inspect.signature(hf_compress.DistillationTrainer).parameters)
     assert "channel_score" in named
     unknown = {
-        name for name in named - fields if not hasattr(hf_compress, name) and not hasattr(PreTrainedModel, name)
+        name
+        for name in named - fields
+        if not any(hasattr(owner, name) for owner in (hf_compress, PreTrainedModel, AutoModelForCausalLM))
     }
     assert not unknown

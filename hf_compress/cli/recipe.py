@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 # Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
 Method = Annotated[
     str,
-    typer.Option(
-        help="modular (modular decomposition), codebook (learned codebooks), pruning or sharing (of layers)."
-    ),
+    typer.Option(help="modular (modular decomposition), codebook (learned codebooks), pruning or sharing (layers)."),
 ]
 Reduction = Annotated[
     str | None,

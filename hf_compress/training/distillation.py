@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import ConfigurationError
@@ -112,6 +120,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+        if not positional and options.get("data_collator") is None:
+            options["data_collator"] = _collator(options.get("processing_class"), options.get("train_dataset"))
         super().__init__(model, args, *positional, **options)
         # The loss below is a mean over the micro-batch.
         self.loss_is_scaled_for_ga = False
@@ -287,6 +297,21 @@ def _inner(model: Any) -> Any:
     if not isinstance(inner, PreTrainedModel):
         raise ConfigurationError(f"`model` is a {type(inner).__name__}, expected a Transformers model.")
     return inner
+
+
+def _collator(processing_class: Any, dataset: Any) -> Any:
+    """Pads labels of tokens with the tokens, which the Trainer's own does not; `None` for all other data."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        return None
+    try:
+        labels = dataset[0]["labels"]
+    except (TypeError, KeyError, IndexError, NotImplementedError):
+        return None  # a stream, or no labels
+    if not hasattr(labels, "__len__"):
+        return None
+    if processing_class.pad_token_id is None:
+        return default_data_collator  # sequences of one length need no padding
+    return DataCollatorForSeq2Seq(processing_class)
 
 
 def _is_causal(model: nn.Module) -> bool:
