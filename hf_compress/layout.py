@@ -222,6 +222,32 @@ def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:
     return value
 
 
+def own_shape(spec: dict[str, Any], rows: int, columns: int) -> tuple[dict[str, Any], int, int]:
+    """The shape of a layer that has replaced a smaller one than the dense model's, taken out of its spec; otherwise
+    the dense shape. Raises `ValueError` for one that is no smaller."""
+    if "out_features" not in spec and "in_features" not in spec:
+        return spec, rows, columns
+    rest = {name: value for name, value in spec.items() if name not in ("out_features", "in_features")}
+    return rest, checked_size(spec, "out_features", rows), checked_size(spec, "in_features", columns)
+
+
+def shape_spec(layer: Any) -> dict[str, int]:
+    """What `own_shape` reads, of a layer that has replaced a resized one."""
+    if not getattr(layer, "resized", False):
+        return {}
+    return {"out_features": layer.out_features, "in_features": layer.in_features}
+
+
+def widened(state: dict[str, torch.Tensor], dense: nn.Module) -> dict[str, torch.Tensor]:
+    """Weight and bias with zero rows and columns for channels that were removed: an MLP computes the same with them."""
+    wide: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        shape = dense.get_parameter(name).shape
+        wide[name] = tensor.new_zeros(shape)
+        wide[name][tuple(slice(size) for size in tensor.shape)] = tensor
+    return wide
+
+
 @register_module_type
 class ResizedLinear(nn.Linear):
     """An `nn.Linear` with fewer inputs or outputs than the dense model's; the kept channels stand in front.
@@ -259,12 +285,4 @@ class ResizedLinear(nn.Linear):
 
     def dequantize(self, dense: nn.Module) -> dict[str, torch.Tensor]:
         """Zero rows and columns for the removed channels: an MLP with them computes the same function."""
-        assert isinstance(dense, nn.Linear)
-        weight = self.weight.new_zeros(dense.weight.shape)
-        weight[: self.out_features, : self.in_features] = self.weight
-        state = {"weight": weight}
-        if self.bias is not None:
-            bias = self.bias.new_zeros(dense.out_features)
-            bias[: self.out_features] = self.bias
-            state["bias"] = bias
-        return state
+        return widened(dict(self.named_parameters()), dense)

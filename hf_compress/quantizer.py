@@ -141,6 +141,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         """Dense modules of the original sizes in place of ours; the same function, without the savings."""
         with torch.device("meta"):
             skeleton = type(model)(model.config)
+        _make_inner_layers_plain(model)
         states: dict[str, dict[str, torch.Tensor]] = {}
         for entry in layout_of(model):
             path = entry["path"]
@@ -168,6 +169,24 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(path, dense.train(module.training))
         disconnect(model)
         return model if dtype is None else model.to(dtype)
+
+
+def _make_inner_layers_plain(model: PreTrainedModel) -> None:
+    """Dense layers in place of packed ones inside a module that has been replaced as a whole: it puts together its own
+    dense form from theirs."""
+    paths = {entry["path"]: entry["type"] for entry in layout_of(model)}
+    for path in paths:
+        outer = next((other for other in paths if path.startswith(f"{other}.") and paths[other] == "attention"), None)
+        layer: Any = model.get_submodule(path)
+        if outer is None or not isinstance(layer, nn.Linear):
+            continue
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        dequantize: Any = layer.dequantize
+        state: dict[str, torch.Tensor] = dequantize(plain)
+        dtype = model.dtype if layer.bias is None else layer.bias.dtype
+        plain = plain.to(dtype).to_empty(device=state["weight"].device)
+        plain.load_state_dict(state)
+        model.set_submodule(path, plain.train(layer.training))
 
 
 def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[str, ...]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import IDS, calibration, logits, make_model, recipe
+from conftest import IDS, calibration, logits, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_compress
-from hf_compress import CodebookConfig, CompressionConfig
+from hf_compress import CodebookConfig
 from hf_compress.methods.codebook import CodebookLinear
 from hf_compress.methods.codebook.weight import CodebookFormat
 
@@ -232,12 +232,6 @@ def test_dequantize_follows_casts() -> None:
     model = coded(bits={"mlp": 2})
     model.dequantize(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-def test_stages_on_top_of_each_other_are_refused() -> None:
-    stages = [recipe(), CodebookConfig(bits=3, calibration=calibration())]
-    with pytest.raises(hf_compress.ConfigurationError, match="not supported yet"):
-        hf_compress.compress(make_model("llama"), CompressionConfig(stages=stages))
 
 
 def test_truncated_codes_are_refused(saved: Path) -> None:

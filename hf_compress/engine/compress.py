@@ -90,6 +90,25 @@ def continues(recipe: CompressionConfig, layout: list[dict[str, Any]]) -> bool:
     return bool(types) and types <= set(method_class(recipe.stages[0]).continues)
 
 
+def check_order(recipe: CompressionConfig) -> None:
+    """Raises `ConfigurationError` for a stage that cannot work on what the stages before it leave."""
+    left: set[str] = set()
+    for position, stage in enumerate(recipe.stages):
+        method = method_class(stage)
+        strange = left - set(method.continues)
+        if strange:
+            raise ConfigurationError(
+                f"stage {position + 1} ({type(stage).__name__}) cannot work on what the stages before it leave: "
+                f"{', '.join(sorted(strange))}. Layers are decomposed or shared first, then coded or pruned."
+            )
+        left |= set(method.leaves)
+        if getattr(stage, "portable", False) and position + 1 < len(recipe.stages):
+            raise ConfigurationError(
+                f"stage {position + 1} ({type(stage).__name__}) has portable=True, which is for the last stage: what "
+                "comes after it needs this package to be loaded."
+            )
+
+
 def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str, Any]]:
     """Make a compressed model dense for a method that goes on with it; the stages that have been."""
     stages: list[dict[str, Any]] = list(model.config.quantization_config.recipe.get("stages", []))
@@ -133,11 +152,7 @@ def prepare(
     for stage in recipe.stages:
         stage.check_in_one_call()
     methods = [create_method(stage, anatomy) for stage in recipe.stages]
-    if len(recipe.stages) > 1:
-        raise ConfigurationError(
-            f"a recipe of {len(recipe.stages)} stages: one method on top of another is not supported yet, the file "
-            "format cannot say what stood between them. Give one method's configuration."
-        )
+    check_order(recipe)
     sources = [_calibration_for(stage, recipe, calibration) for stage in recipe.stages]
     for stage, method, source in zip(recipe.stages, methods, sources, strict=True):
         if not method.needs_calibration:
@@ -170,7 +185,10 @@ def _run(
     changed: list[str] = []
     provenance = describe_run(base, model)
     for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
-        # The stage before may have changed the structure: a method looks at the model as it is now.
+        # The stage before has changed the structure: a method looks at the model as it is now.
+        anatomy = resolve_anatomy(model)
+        if position:
+            method_class(stage).reopen(model, stage)
         method = create_method(stage, anatomy)
         data = _load_data(model, method, source, processing_class, load_arguments, base)
         directory = None if working_directory is None else Path(working_directory) / f"stage-{position}"

@@ -81,8 +81,9 @@ def plan(
     removed = memory = saved = 0
     for stage in recipe.stages:
         expected = create_method(stage, anatomy).expect()
+        # What a stage saves a weight it saves on those that the stages before have left.
+        saved += round(expected.saved_bytes * (matrices - removed) / matrices) if removed else expected.saved_bytes
         removed, memory = removed + expected.removed_weights, max(memory, expected.statistics_bytes)
-        saved += expected.saved_bytes
     on_disk = (before - removed) * width - saved
     return CompressionPlan(matrices, matrices - removed, before, before - removed, before * width, on_disk, memory)
 

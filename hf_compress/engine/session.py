@@ -97,6 +97,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     needs_calibration: bool = True
     #: Types of modules in the layout of a model that this method goes on with, after `reopen`.
     continues: ClassVar[tuple[str, ...]] = ()
+    #: Types of modules that this method leaves in the layout.
+    leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether a block's inputs come from the blocks compressed before it rather than from the dense model.
     sequential: bool = False
 

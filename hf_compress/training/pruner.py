@@ -26,8 +26,7 @@ from ..methods.pruning.masks import (
     sparse_layer,
 )
 from ..methods.pruning.mathematics import cubic_sparsity
-from ..methods.pruning.method import report_row
-from ..methods.pruning.modules import SparseLinear
+from ..methods.pruning.method import Pruning, report_row
 from ..methods.pruning.parts import prunable_parts
 from ..methods.pruning.scores import warn_if_fresh_head
 from ..methods.pruning.selection import select, sparsity_of, warn_if_undecided
@@ -102,7 +101,7 @@ class Pruner:
     @staticmethod
     def _check(model: PreTrainedModel, config: PruningConfig | None) -> None:
         types = {entry["type"] for entry in layout_of(model)}
-        if types - {SparseLinear.layout_type}:
+        if types - set(Pruning.continues):
             raise ConfigurationError(
                 f"the model holds compressed modules ({', '.join(sorted(types))}) that cannot be pruned. Prune the "
                 "dense original."

@@ -21,7 +21,7 @@ from . import mathematics
 from .allocation import allocate_bits, estimate_losses
 from .configuration import TERNARY, CodebookConfig
 from .learning import code_matrices
-from .modules import coded_layer
+from .modules import CodebookConv2d, CodebookEmbedding, CodebookLinear, coded_layer
 from .parts import Part, format_of, parts_of_block, parts_outside
 from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block
@@ -37,6 +37,8 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     """k-means start, assignment with error feedback, then codebooks, scales and codes learned together."""
 
     config_class = CodebookConfig
+    continues = ("linear", "attention")
+    leaves = tuple(layer.layout_type for layer in (CodebookLinear, CodebookConv2d, CodebookEmbedding))
 
     def __init__(self, config: CodebookConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
-from ...layout import register_module_type
+from ...layout import ResizedLinear, own_shape, register_module_type, widened
 from .coded import Coded
 from .weight import CodebookFormat, PackedWeight
 
@@ -28,6 +28,7 @@ def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, d
     if known is None:
         raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
     layer = _LAYERS[known].in_place_of(dense, format, dense.weight.device if device is None else device)
+    layer.resized = isinstance(dense, ResizedLinear)
     if coded is not None:
         layer.fill(coded)
         if getattr(layer, "bias", None) is not None:
@@ -43,8 +44,12 @@ def _names() -> str:
 def _from_spec(cls: type[Any], dense: nn.Module, spec: dict[str, Any]) -> Any:
     if not isinstance(dense, tuple(_LAYERS)):
         raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
-    rows, columns = dense_rows(dense).shape
-    layer = coded_layer(dense, None, CodebookFormat.from_spec(spec, rows, columns))
+    rest, rows, columns = own_shape(spec, *dense_rows(dense).shape)
+    if rest is not spec:
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"replaces a {type(dense).__name__}, which cannot have been resized")
+        dense = ResizedLinear.from_spec(dense, {"in_features": columns, "out_features": rows})
+    layer = coded_layer(dense, None, CodebookFormat.from_spec(rest, rows, columns))
     if type(layer) is not cls:
         raise ValueError(f"replaces a {type(dense).__name__}, for which it is not made")
     return layer
@@ -96,7 +101,7 @@ class CodebookLinear(PackedWeight, nn.Linear):
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
-        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
+        return widened({"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}, dense)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, column_group={self.format.column_group}"

@@ -15,7 +15,7 @@ from ...kernels import codebook as kernel
 from ...kernels.matrix import CodebookMatrix, check_matrix
 from ...kernels.packing import pack_codes, words_per_row
 from ...kernels.ternary import pack_ternary, ternary_bytes, unpack_ternary
-from ...layout import checked_size
+from ...layout import checked_size, shape_spec
 from .coded import Coded, integer_steps
 from .configuration import BITS, TERNARY
 
@@ -100,6 +100,8 @@ class PackedWeight(nn.Module):
     #: For Transformers, which would draw initial values for codes that are offloaded.
     _is_hf_initialized: ClassVar[bool] = True
     format: CodebookFormat
+    #: Whether it stands for a layer that was smaller than the dense model's.
+    resized: bool = False
     columns: int
     codebooks: Tensor
     scales: Tensor
@@ -178,7 +180,7 @@ class PackedWeight(nn.Module):
         return self._expanded_codes()
 
     def spec(self) -> dict[str, Any]:
-        return self.format.spec()
+        return {**self.format.spec(), **shape_spec(self)}
 
     @property
     def dense_weights(self) -> int:

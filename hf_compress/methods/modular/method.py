@@ -15,8 +15,10 @@ from ...engine.blocks import real_tokens, take_tokens
 from ...engine.registry import register_method
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
+from ...layout import ResizedLinear
 from .compress import compress_block
 from .configuration import KINDS, Kind, ModularDecompositionConfig
+from .modules import DecomposedAttention
 from .search import improve
 from .sizes import Geometry, Sizes, allocate, divide_between_kinds, kind_reductions
 from .statistics import BlockStatistics, collect_statistics
@@ -38,6 +40,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
     """Nyström for MLPs, CR or SVD for query/key, SVD for value/output, sizes by block influence."""
 
     config_class = ModularDecompositionConfig
+    leaves = (ResizedLinear.layout_type, DecomposedAttention.layout_type)
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
 from ...engine.exclusion import is_excluded
+from ...layout import ResizedLinear
 from .configuration import Values
 from .format import store
 from .modules import SparseLinear
@@ -84,6 +85,8 @@ def open_layers(model: PreTrainedModel, modules_to_not_convert: Sequence[str] = 
 @torch.no_grad()
 def _dense_module(layer: SparseLinear, dense: nn.Module) -> nn.Module:
     transposed = isinstance(dense, Conv1D)
+    if layer.resized:
+        dense = ResizedLinear.from_spec(dense, layer.spec())
     weight, mask = layer.matrix(), layer.mask()
     kept: dict[str, Any] = {"weight": weight.T.contiguous() if transposed else weight}
     if layer.bias is not None:

@@ -38,7 +38,8 @@ class Pruning(Method[PruningConfig, Energies | None]):
     """Single weights, or whole heads and columns, by a score."""
 
     config_class = PruningConfig
-    continues = (SparseLinear.layout_type,)
+    continues = (SparseLinear.layout_type, "linear", "attention")
+    leaves = (SparseLinear.layout_type,)
 
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)

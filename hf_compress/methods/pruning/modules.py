@@ -15,7 +15,7 @@ from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels.library import multiplies_bfloat16
 from ...kernels.sparse import sparse_linear
-from ...layout import register_module_type
+from ...layout import ResizedLinear, own_shape, register_module_type, shape_spec, widened
 from .format import DTYPES, SparseFormat, SparseMatrix
 from .positions import decode
 
@@ -65,6 +65,8 @@ class SparseLinear(nn.Linear):
     #: `weight` holds positions: nothing may be added to it.
     packs_weight: ClassVar[bool] = True
     _is_hf_initialized: ClassVar[bool] = True
+    #: Whether it stands for a layer that was smaller than the dense model's.
+    resized: bool = False
     row_starts: Tensor
     column_indices: Tensor
     scales: Tensor | None
@@ -115,19 +117,22 @@ class SparseLinear(nn.Linear):
             if bias is not None:
                 layer.bias.copy_(bias)
         layer.expand_positions()
+        layer.resized = isinstance(dense, ResizedLinear)
         return layer.train(dense.training)
 
     def spec(self) -> dict[str, Any]:
-        return self.format.spec()
+        return {**self.format.spec(), **shape_spec(self)}
 
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SparseLinear:
         if not isinstance(dense, (nn.Linear, Conv1D)):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear or a Conv1D")
-        rows, columns = dense_rows(dense).shape
+        rest, rows, columns = own_shape(spec, *dense_rows(dense).shape)
         weight: Any = dense.weight
-        format = SparseFormat.from_spec(spec, rows, columns)
-        return cls(columns, rows, dense.bias is not None, format=format, device=weight.device, dtype=weight.dtype)
+        format = SparseFormat.from_spec(rest, rows, columns)
+        layer = cls(columns, rows, dense.bias is not None, format=format, device=weight.device, dtype=weight.dtype)
+        layer.resized = rest is not spec
+        return layer
 
     @property
     def dense_weights(self) -> int:
@@ -222,7 +227,7 @@ class SparseLinear(nn.Linear):
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         """The dense matrix with its zeros."""
         weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
-        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}
+        return widened({"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}, dense)
 
     def check_tensors(self) -> None:
         """After loading: positions that fit, finite values. Raises `ValueError`."""

@@ -28,12 +28,13 @@ class LayerSharing(Method[LayerSharingConfig, None]):
 
     config_class = LayerSharingConfig
     needs_calibration = False
-    continues = (
+    leaves = (
         SharedLinear.layout_type,
         SharedModule.layout_type,
         SharedBlocks.layout_type,
         SharedAlbertTransformer.layout_type,
     )
+    continues = leaves
 
     def __init__(self, config: LayerSharingConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
