@@ -239,7 +239,7 @@ def shape_spec(layer: Any) -> dict[str, int]:
 
 
 def widened(state: dict[str, torch.Tensor], dense: nn.Module) -> dict[str, torch.Tensor]:
-    """Weight and bias with zero rows and columns for channels that were removed: an MLP computes the same with them."""
+    """Weight and bias with zero rows and columns for removed channels: an MLP computes the same with them."""
     wide: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         shape = dense.get_parameter(name).shape

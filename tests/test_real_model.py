@@ -103,18 +103,20 @@ def test_the_channel_score_beats_the_papers(directory: Path, texts: Any, dense_p
 def test_three_bits_cost_a_bounded_perplexity(
     directory: Path, texts: Any, dense_perplexity: float, tmp_path: Path
 ) -> None:
-    """With 48×1024 tokens it is less, see the README; here for the time it takes with 8×512."""
+    """The whole model with 48×1024 tokens is in the README; here for the time it takes a third of it with 8×512."""
     source = texts[0].model_copy(update={"num_samples": 8, "num_held_out": 0})
-    model = load(directory, compression_config=CodebookConfig(bits=3, calibration=source))
+    dense = [f"layers.{layer}" for layer in range(10, 30)]
+    config = CodebookConfig(bits=3, calibration=source, modules_to_not_convert=dense)
+    model = load(directory, compression_config=config)
     assert model.compression_report.bits_per_weight < 3.35
     found = perplexity(model, texts[1], context=CONTEXT).perplexity
-    assert found < 1.6 * dense_perplexity
+    assert found < 1.25 * dense_perplexity
     model.save_pretrained(tmp_path)
     layers = [row for row in model.compression_report.modules if row.bytes_after]
     dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size_on_disk(tmp_path).weights < dense_bytes + sum(row.bytes_after for row in layers) + 200_000
     del model
-    assert generated_ratio(directory, tmp_path) > 0.9  # 1.9 where nothing else runs
+    assert generated_ratio(directory, tmp_path) > 0.9  # 1.2 where nothing else runs
 
 
 def test_a_start_without_data_is_quick(directory: Path, dense_perplexity: float, texts: Any) -> None:
