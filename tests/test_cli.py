@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 import hf_compress
+from hf_compress import CalibrationConfig, CompressionConfig
 from hf_compress.cli import app, demo_assets
 from hf_compress.cli.loading import load_model
 from hf_compress.cli.recipe import build_calibration, build_recipe, parse_kinds, parse_reduction, parse_temperature
@@ -142,6 +144,64 @@ def test_run_shares_layers(tiny_model: Path, tmp_path: Path) -> None:
     assert len(list(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[:])) == 2
     planned = invoke("plan", tiny_model, *options)
     assert planned.exit_code == 0, planned.output
+
+
+def test_run_of_a_recipe_file(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "# two stages\nstages:\n  - method: modular_decomposition\n    reduction: 0.1\n"
+        "  - method: codebook\n    bits: 3\n"
+        f"calibration: {{dataset: {text_file}, num_samples: 8, sequence_length: 64}}\n"
+    )
+    result = invoke("run", tiny_model, tmp_path / "out", "--recipe", recipe)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert [stage["method"] for stage in stored["stages"]] == ["modular_decomposition", "codebook"]
+    # What stands in the checkpoint makes the same checkpoint.
+    again = AutoModelForCausalLM.from_pretrained(
+        tiny_model,
+        compression_config=CompressionConfig(
+            **stored, calibration=CalibrationConfig(str(text_file), num_samples=8, sequence_length=64)
+        ),
+    )
+    again.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "again")]
+    assert files[0] == files[1]
+    assert invoke("plan", tiny_model, "--recipe", recipe).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages:\n  - method: codebook\n    bits: 3\n  - method: pruning\n    sparsty: 0.5\n", "line 5: .*sparsty"),
+        ("stages:\n  - method: codebook\n    bits: 7\n", "line 3: .*bits"),
+        ("stages:\n  - method: magic\n", "line 2: .*unknown method 'magic'"),
+        ("stages: 3\n", "line 1: .*list of methods"),
+        ("method: codebook\nbits: 3\ncalibration:\n  dataset: x.txt\n  num_sampels: 3\n", "line 5: .*num_sampels"),
+        ("stages: [\n", "line 2: no YAML"),
+        ("stages:\n  - method: codebook\n    bits: 3\nbudget: 1\n", "line 4: unknown field `budget`"),
+    ],
+)
+def test_mistakes_in_a_recipe_file_have_a_line(text: str, message: str, tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    result = invoke("run", tiny_model, tmp_path / "out", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split())), result.stderr
+
+
+def test_a_recipe_file_and_options_are_two_recipes(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: codebook\nbits: 3\n")
+    result = invoke("run", tiny_model, tmp_path / "out", "--recipe", recipe, "--bits", "2")
+    assert result.exit_code == 2
+    assert "leave out --bits" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml")))
+def test_the_example_recipes_are_valid(file: Path, tiny_model: Path) -> None:
+    result = invoke("plan", tiny_model, "--recipe", file)
+    assert result.exit_code == 0, result.output
 
 
 def test_run_mixes_datasets_and_writes_a_portable_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from .loading import check_source
 @command
 def plan(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
+    recipe_file: options.RecipeFile = None,
     method: options.Method = "modular",
     reduction: options.Reduction = None,
     bits: options.Bits = None,
@@ -43,7 +44,8 @@ def plan(
 ) -> None:
     """Show what would be compressed and how small MODEL would become. Nothing is loaded or written."""
     check_source(model)
-    recipe = options.build_recipe(
+    recipe, _ = options.chosen_recipe(
+        recipe_file,
         method,
         reduction=options.parse_reduction(reduction),
         bits=options.parse_bits(bits),

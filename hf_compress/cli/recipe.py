@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,8 +12,12 @@ from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ..calibration.configuration import CalibrationConfig
-    from ..configuration import MethodConfig
+    from ..configuration import CompressionConfig, MethodConfig
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="A YAML file with the stages, in place of all options of methods."),
+]
 # Options that several commands share. One that is not given is not passed on: the defaults stand in the recipes alone.
 Method = Annotated[
     str,
@@ -94,6 +99,29 @@ def build_recipe(method: str, **options: Any) -> MethodConfig:
         options["modules_to_not_convert"] = tuple(options["modules_to_not_convert"])
     given = {name: value for name, value in options.items() if value is not None}
     return recipes[method](**given)
+
+
+def chosen_recipe(
+    file: Path | None, method: str, **options: Any
+) -> tuple[CompressionConfig, CalibrationConfig | None]:
+    """The recipe of a file with its calibration data, or of the options.
+
+    Raises:
+        ConfigurationError: a file and options of methods, which would be two recipes; or as `build_recipe`.
+    """
+    from ..configuration import CompressionConfig
+    from .recipe_file import load_recipe
+
+    if file is None:
+        return CompressionConfig.wrap(build_recipe(method, **options)), None
+    # The seed also chooses the sequences.
+    given = [name for name, value in options.items() if value is not None and name != "seed"]
+    if given or method != "modular":
+        raise ConfigurationError(
+            f"--recipe says what is done; leave out --{(given or ['method'])[0].replace('_', '-')}, or write it into "
+            "the file."
+        )
+    return load_recipe(file)
 
 
 def parse_reduction(text: str | None) -> float | dict[str, float] | None:

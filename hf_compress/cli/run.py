@@ -16,6 +16,7 @@ from .console import command, say, stdout
 def run(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
+    recipe_file: options.RecipeFile = None,
     method: options.Method = "modular",
     reduction: options.Reduction = None,
     bits: options.Bits = None,
@@ -64,7 +65,8 @@ def run(
 ) -> None:
     """Compress MODEL and write the result, with its tokenizer, to OUT."""
     check_output(out)
-    recipe = options.build_recipe(
+    recipe, data = options.chosen_recipe(
+        recipe_file,
         method,
         reduction=options.parse_reduction(reduction),
         bits=options.parse_bits(bits),
@@ -93,9 +95,10 @@ def run(
         seed=seed,
     )
 
-    recipe.check_in_one_call()
-    calibration = None
-    if dataset or recipe.needs_data:
+    for stage in recipe.stages:
+        stage.check_in_one_call()
+    calibration = data
+    if dataset or (data is None and any(stage.needs_data for stage in recipe.stages)):
         calibration = options.build_calibration(
             dataset or [],
             dataset_name,
