@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from .calibration.configuration import CalibrationConfig
 from .errors import ConfigurationError
@@ -64,11 +65,21 @@ def method_config_from_dict(data: dict[str, Any]) -> MethodConfig:
     return _METHOD_CONFIGS[method](**fields)
 
 
+def _as_stage(stage: Any) -> Any:
+    """A method's configuration from what a stage may be given as."""
+    if isinstance(stage, dict):
+        return method_config_from_dict(stage)
+    if isinstance(stage, BitsAndBytesConfig):
+        known: Any = _METHOD_CONFIGS["bitsandbytes"]
+        return known.of(stage)
+    return stage
+
+
 class CompressionConfig(StrictModel):
     """A sequence of stages, each applied to the result of the one before.
 
     Args:
-        stages: method configurations (or their dictionaries) in order.
+        stages: method configurations (or their dictionaries, or Transformers' `BitsAndBytesConfig`) in order.
         calibration (`CalibrationConfig`, *optional*): serves every stage that has none of its own.
     """
 
@@ -82,7 +93,7 @@ class CompressionConfig(StrictModel):
     def _parse_stages(cls, stages: Any) -> Any:
         if not isinstance(stages, (list, tuple)):
             raise ValueError("expected a list of method configurations")
-        return tuple(method_config_from_dict(stage) if isinstance(stage, dict) else stage for stage in stages)
+        return tuple(_as_stage(stage) for stage in stages)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, without inputs."""

@@ -6,6 +6,7 @@ is an array is a named tensor in safetensors. Every module type keeps one contra
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -46,6 +47,10 @@ class CompressedModule(Protocol):
 
 ModuleType = TypeVar("ModuleType", bound=type[Any])
 _MODULE_TYPES: dict[str, type[Any]] = {}
+# Module types that need another package: where they are registered, and the extra that brings it.
+_ON_DEMAND = dict.fromkeys(
+    ("bnb_linear4bit", "bnb_linear8bit"), ("hf_compress.methods.bitsandbytes.modules", "bitsandbytes")
+)
 
 
 def register_module_type(cls: ModuleType) -> ModuleType:
@@ -168,7 +173,8 @@ def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"layout entry of {entry['path']!r} ({entry['type']}): {detail}.") from error
     reference = next(dense.parameters(), None)
     for parameter in module.parameters():
-        parameter.requires_grad_(reference is None or reference.requires_grad)
+        wanted = reference is None or reference.requires_grad
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
     return module.train(dense.training)
 
 
@@ -178,6 +184,15 @@ def _check_entry(entry: Any) -> None:
     path, kind, spec = entry["path"], entry["type"], entry["spec"]
     if not isinstance(path, str) or not path or not isinstance(spec, dict):
         raise CheckpointError(f"layout entry {entry!r}: `path` must be a module path and `spec` an object.")
+    if kind in _ON_DEMAND and kind not in _MODULE_TYPES:
+        home, extra = _ON_DEMAND[kind]
+        try:
+            importlib.import_module(home)
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path!r} was made with {extra}, which cannot be imported ({error}): pip install "
+                f"'hf_compress[{extra}]'."
+            ) from error
     if not isinstance(kind, str) or kind not in _MODULE_TYPES:
         raise CheckpointError(
             f"layout entry of {path!r} has module type {kind!r}, which this version of hf_compress does not know "

@@ -112,6 +112,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         if not hasattr(model, "compression_report"):
             model.compression_report = CompressionReport.from_provenance(self.quantization_config.provenance)
         for module in list(model.modules()):
+            for name, value in getattr(module, "model_flags", {}).items():
+                setattr(model, name, value)
             for name, function in getattr(module, "model_methods", {}).items():
                 setattr(model, name, MethodType(function, model))
             _record_outputs(model, module, getattr(module, "recorded_outputs", ()))

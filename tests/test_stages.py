@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import ALL_KINDS, IDS, calibration, interrupt, logits, make_model, recipe, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_compress
 from hf_compress import (
@@ -26,7 +29,16 @@ SECOND: dict[str, Callable[[], Any]] = {
     "mixed bits": lambda: CodebookConfig(bits="auto", average_bits=3, learning="none"),
     "pruning": lambda: PruningConfig(sparsity=0.6, scope="layer"),
     "int8": lambda: PruningConfig(sparsity=0.6, criterion="magnitude", values="int8"),
+    "bnb 4 bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "bnb 4 bit, double": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True),
+    "bnb 8 bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "wanda": lambda: PruningConfig(sparsity=0.5, criterion="wanda"),
+}
+
+TYPES = {
+    **dict.fromkeys(("pruning", "int8", "wanda"), "sparse_linear"),
+    **dict.fromkeys(("bnb 4 bit", "bnb 4 bit, double"), "bnb_linear4bit"),
+    "bnb 8 bit": "bnb_linear8bit",
 }
 
 
@@ -43,7 +55,9 @@ def staged(family: str, second: str, dtype: torch.dtype = torch.float32, **field
 def test_a_second_method_on_a_decomposed_model(family: str, second: str, tmp_path: Path) -> None:
     model = staged(family, second, torch.bfloat16)
     types = {entry["type"] for entry in layout_of(model)}
-    assert types == {"attention", "sparse_linear" if second in ("pruning", "int8", "wanda") else "codebook_linear"}
+    packed = next(iter(types - {"attention"}))
+    assert len(types) == 2
+    assert packed == TYPES.get(second, "codebook_linear")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
     assert torch.equal(logits(again), logits(model))
@@ -51,6 +65,58 @@ def test_a_second_method_on_a_decomposed_model(family: str, second: str, tmp_pat
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     cached = again.generate(IDS[:, :8], **options)
     assert torch.equal(cached, again.generate(IDS[:, :8], use_cache=False, **options))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_saves_twice_trains_adapters_and_goes_back(bits: int, double: bool, tmp_path: Path) -> None:
+    fields = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "bnb_4bit_use_double_quant": double}
+    config = CompressionConfig(stages=[first(), BitsAndBytesConfig(**fields)], calibration=calibration())
+    model = hf_compress.compress(make_model("llama"), config)
+    assert getattr(model, f"is_loaded_in_{bits}bit")
+    model.save_pretrained(tmp_path / "one")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert getattr(again, f"is_loaded_in_{bits}bit")
+    torch.testing.assert_close(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "two")
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two")]
+    assert files[0] == files[1]
+
+    adapted = peft.get_peft_model(again, peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
+    assert any("bnb" in type(module).__module__ for module in adapted.modules())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=token_ids(4, 16), labels=token_ids(4, 16)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+    before = logits(model)
+    model.dequantize()
+    assert layout_of(model) == []
+    torch.testing.assert_close(logits(model), before, rtol=0.1, atol=0.1)  # 8 bits quantize the inputs as well
+
+
+def test_bitsandbytes_alone_and_what_it_refuses(tmp_path: Path) -> None:
+    config = CompressionConfig(stages=[BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["layers.0"])])
+    plan = hf_compress.plan(make_model("llama"), config)
+    model = hf_compress.compress(make_model("llama"), config)
+    assert not any(row.block == 0 for row in model.compression_report.modules)
+    assert model.compression_report.bytes_after == pytest.approx(plan.bytes_on_disk, rel=0.01)
+    for fields in ({}, {"load_in_8bit": True, "llm_int8_has_fp16_weight": True}):
+        with pytest.raises(hf_compress.ConfigurationError, match=r"load_in_4bit|not supported"):
+            CompressionConfig(stages=[BitsAndBytesConfig(**fields)])
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None; import hf_compress\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'hf_compress[bitsandbytes]'" in failed.stderr
 
 
 @pytest.mark.parametrize("second", ["codebook", "pruning"])

@@ -1,5 +1,5 @@
 """The compression methods. Importing this package registers them."""
 
-from . import codebook, modular, pruning, sharing
+from . import bitsandbytes, codebook, modular, pruning, sharing
 
-__all__ = ["codebook", "modular", "pruning", "sharing"]
+__all__ = ["bitsandbytes", "codebook", "modular", "pruning", "sharing"]

@@ -1,0 +1,108 @@
+"""bitsandbytes as the engine runs it: layer by layer, without data."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...anatomy import ModelAnatomy
+from ...engine.exclusion import is_excluded
+from ...engine.registry import register_method
+from ...engine.report import ModuleReport
+from ...engine.session import BlockResult, Expectation, Method, Session
+from ...errors import ConfigurationError
+from .configuration import BitsAndBytesStage
+
+# Weights that share a scale of 32 bits (of 8 bits, and one of 32 bits more for 256 of them).
+_BITS_OF_SCALES = {False: 32 / 64, True: 8 / 64 + 32 / (64 * 256)}
+
+
+@register_method
+class BitsAndBytes(Method[BitsAndBytesStage, None]):
+    """bitsandbytes' layers in place of dense ones."""
+
+    config_class = BitsAndBytesStage
+    needs_calibration = False
+    continues = ("linear", "attention")
+    leaves = ("bnb_linear4bit", "bnb_linear8bit")
+
+    def __init__(self, config: BitsAndBytesStage, anatomy: ModelAnatomy) -> None:
+        super().__init__(config, anatomy)
+        if find_spec("bitsandbytes") is None:
+            raise ConfigurationError(
+                "a bitsandbytes stage needs the package: pip install 'hf_compress[bitsandbytes]'."
+            )
+        self.parts: list[tuple[int, str, str]] = []
+        self.left_alone: list[str] = []
+        for block in range(len(anatomy)):
+            for path, kind in anatomy.block_matrices(block):
+                module = anatomy.model.get_submodule(path)
+                if is_excluded(path, config.modules_to_not_convert):
+                    self.left_alone.append(f"{path}: excluded")
+                elif not isinstance(module, nn.Linear):
+                    self.left_alone.append(f"{path}: a {type(module).__name__} is not quantized")
+                else:
+                    self.parts.append((block, path, kind))
+        if not self.parts:
+            raise ConfigurationError("the recipe leaves every matrix of this model alone; there is nothing to do.")
+
+    def expect(self) -> Expectation:
+        saved = 0.0
+        for _, path, _ in self.parts:
+            weight: Any = self.anatomy.model.get_submodule(path).weight
+            count, rows = weight.numel(), weight.shape[0]
+            if self.config.load_in_4bit:
+                own = count * (4 + _BITS_OF_SCALES[self.config.bnb_4bit_use_double_quant]) / 8 + 64
+                own += 1024 if self.config.bnb_4bit_use_double_quant else 0
+            else:
+                own = count + 4 * rows
+            saved += count * weight.element_size() - own
+        return Expectation(0, 0, 0, saved_bytes=int(saved))
+
+    def survey(self, session: Session) -> None:
+        session.left_alone.extend(self.left_alone)
+
+    def decisions(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, decisions: dict[str, Any]) -> None:
+        """There is nothing to decide."""
+
+    def collect(self, block: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def compress_block(self, block: int, statistics: None) -> BlockResult:
+        result = BlockResult({}, [])
+        for at, path, kind in self.parts:
+            if at != block:
+                continue
+            module = self.anatomy.model.get_submodule(path)
+            assert isinstance(module, nn.Linear)
+            layer = self._quantized(module)
+            weight = module.weight.detach().double()
+            lost = (weight - layer.matrix().to(weight)).square().sum() / weight.square().sum().clamp_min(1e-300)
+            count, width = weight.numel(), module.weight.element_size()
+            sizes = (8 * width, 4 if self.config.load_in_4bit else 8)
+            stored = (count * width, layer.stored_bytes())
+            result.modules[path] = layer
+            result.rows.append(ModuleReport(block, path, kind, *sizes, count, count, float(lost), *stored))
+        return result
+
+    def _quantized(self, module: nn.Linear) -> Any:
+        # Importing bitsandbytes takes a second, which only those pay who use it.
+        from .modules import BnbLinear4bit, BnbLinear8bit
+
+        config = self.config
+        if config.load_in_8bit:
+            return BnbLinear8bit.in_place_of(module, threshold=config.llm_int8_threshold)
+        name = config.bnb_4bit_compute_dtype
+        return BnbLinear4bit.in_place_of(
+            module,
+            quant_type=config.bnb_4bit_quant_type,
+            double=config.bnb_4bit_use_double_quant,
+            compute_dtype=None if name is None else getattr(torch, name),
+        )
