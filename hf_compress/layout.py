@@ -125,10 +125,14 @@ def connect(model: nn.Module) -> None:
         source = getattr(module, "source_path", None)
         if type(module) not in _MODULE_TYPES.values() or source is None:
             continue
-        if not _has(model, source) and not _has(model, f"{getattr(model, 'base_model_prefix', '')}.{source}"):
-            raise CheckpointError(f"{path!r} is tied to {source!r}, which {type(model).__name__} does not have.")
         try:
-            module.connect(model.get_submodule(_path_in(model, source)))
+            found = model.get_submodule(_path_in(model, source))
+        except CheckpointError:
+            raise CheckpointError(
+                f"{path!r} is tied to {source!r}, which {type(model).__name__} does not have."
+            ) from None
+        try:
+            module.connect(found)
         except ValueError as error:
             raise CheckpointError(f"{path!r} {error}.") from error
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):

@@ -143,13 +143,15 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         """Dense modules of the original sizes in place of ours; the same function, without the savings."""
         with torch.device("meta"):
             skeleton = type(model)(model.config)
-        _make_inner_layers_plain(model)
+        packed = _make_inner_layers_plain(model)
         states: dict[str, dict[str, torch.Tensor]] = {}
         for entry in layout_of(model):
             path = entry["path"]
             try:
                 states[path] = model.get_submodule(path).dequantize(skeleton.get_submodule(path))
             except NotImplementedError as error:
+                for inner, layer in packed.items():
+                    model.set_submodule(inner, layer)
                 raise CompressionError(f"{path}: {error}") from error
         # Transformers writes the config's dtype as a string when it saves, and hands it in where none is asked for:
         # then the model stays in the dtype that it has now.
@@ -173,9 +175,10 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model if dtype is None else model.to(dtype)
 
 
-def _make_inner_layers_plain(model: PreTrainedModel) -> None:
+def _make_inner_layers_plain(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Dense layers in place of packed ones inside a module that has been replaced as a whole: it puts together its own
-    dense form from theirs."""
+    dense form from theirs. Returns what stood in their places."""
+    packed: dict[str, nn.Module] = {}
     paths = {entry["path"]: entry["type"] for entry in layout_of(model)}
     for path in paths:
         outer = next((other for other in paths if path.startswith(f"{other}.") and paths[other] == "attention"), None)
@@ -188,7 +191,9 @@ def _make_inner_layers_plain(model: PreTrainedModel) -> None:
         dtype = model.dtype if layer.bias is None else layer.bias.dtype
         plain = plain.to(dtype).to_empty(device=state["weight"].device)
         plain.load_state_dict(state)
+        packed[path] = layer
         model.set_submodule(path, plain.train(layer.training))
+    return packed
 
 
 def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[str, ...]) -> None:

@@ -208,6 +208,49 @@ def test_texts_of_unequal_length_are_padded_with_their_labels(tokenizer: Any, tm
     assert math.isfinite(run.train().training_loss)
 
 
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_hidden_states_of_fewer_iterations_are_compared_by_time(who: str, tmp_path: Path) -> None:
+    few = shared(inference_iterations=2)
+    student, teacher = (few, make_model("llama")) if who == "student" else (make_model("llama", seed=1), few)
+    callbacks = [RandomStepCallback(2)] if who == "student" else []
+    run = trainer(student, teacher, tmp_path, hidden_state_weight=0.5, callbacks=callbacks)
+    student.train()
+    found = run.compute_loss(student, {"input_ids": token_ids(2, 8), "labels": token_ids(2, 8)})
+    assert torch.isfinite(found)
+    run.train()
+
+
+def test_left_padding_from_the_cache_is_as_without(tmp_path: Path) -> None:
+    ids, mask = token_ids(4, 12), torch.ones(4, 12, dtype=torch.long)
+    mask[:2, :5] = 0
+    rows = [
+        {"input_ids": row, "attention_mask": own, "labels": row.masked_fill(own == 0, -100)}
+        for row, own in zip(ids, mask, strict=True)
+    ]
+    student, teacher = make_model("llama", seed=1), make_model("llama")
+    fields = {"rows": rows, "teacher_top_k": 5, "teacher_cache": str(tmp_path / "cache")}
+    run = trainer(student, teacher, tmp_path, **fields)
+    first, second = run.evaluate(), run.evaluate()
+    assert second["eval_divergence"] == pytest.approx(first["eval_divergence"], rel=1e-5)
+    assert second["eval_teacher_loss"] == pytest.approx(first["eval_teacher_loss"])
+    with pytest.raises(hf_compress.ConfigurationError, match="other settings: weights"):
+        trainer(student, make_model("llama", seed=2), tmp_path, **fields)
+
+
+def test_evaluation_without_labels_and_with_a_last_batch_that_is_smaller(tmp_path: Path) -> None:
+    student, teacher = make_model("llama", seed=1), make_model("llama")
+    run = trainer(student, teacher, tmp_path, per_device_eval_batch_size=4)
+    whole = trainer(student, teacher, tmp_path, per_device_eval_batch_size=7).evaluate(ROWS[:7])
+    parts = run.evaluate(ROWS[:7])
+    for name in ("eval_teacher_loss", "eval_divergence"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
+    bare = [{"input_ids": row["input_ids"]} for row in ROWS[:8]]
+    unlabelled = run.evaluate(bare)
+    assert unlabelled["eval_loss"] == pytest.approx(unlabelled["eval_divergence"], rel=1e-5)
+    nothing = {"input_ids": token_ids(2, 8), "labels": torch.full((2, 8), -100)}
+    assert run._divergence(nothing, student(nothing["input_ids"]).logits, torch.zeros(16, dtype=torch.bool))[0] == 0
+
+
 def narrow_llama() -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -253,6 +296,17 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(hf_compress.ConfigurationError, match="different vocabularies"):
         trainer(make_model("llama"), str(tmp_path / "other"), tmp_path)
+    same = make_model("llama")
+    for student, teacher, fields, message in (
+        (same, same, {}, "one model"),
+        (same, make_model("llama"), {"teacher_top_k": 96}, "teacher_top_k"),
+        (same, make_model("llama"), {"teacher_top_k": 0}, "teacher_top_k"),
+        (same, make_model("llama"), {"label_smoothing_factor": 0.1}, "label_smoothing"),
+        (same, make_model("llama").model, {}, "same task"),
+        (None, same, {}, "model_init"),
+    ):
+        with pytest.raises(hf_compress.ConfigurationError, match=message):
+            trainer(student, teacher, tmp_path, **fields)
     with pytest.raises(hf_compress.ConfigurationError, match="`teacher_model` is missing"):
         trainer(make_model("llama"), None, tmp_path)
     with pytest.raises(hf_compress.ConfigurationError, match="names the pair"):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, IDS, logits, make_model
@@ -209,6 +210,85 @@ def test_the_number_may_not_change_within_a_sequence() -> None:
         model(IDS[:, 8:9], past_key_values=cache)
     model.set_iterations()
     model(IDS[:, 8:9], past_key_values=cache)
+
+
+@pytest.mark.parametrize("steps", [[0.5, 0.5, 2.0, 1.0], [3.0, 0.5, 0.5], [0.25, 3.75]])
+@pytest.mark.parametrize("solver", ["euler", "adams_bashforth"])
+def test_uneven_steps_against_a_loop_by_hand(steps: list[float], solver: Any) -> None:
+    model = shared("llama", torch.float64, lora_rank=2, steps=steps, solver=solver)
+    running = hf_compress.methods.sharing.stepping.running_blocks(model)
+    assert len(set(running.schedule.loops)) == len(steps)
+    found = logits(model)
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(IDS)
+        positions = torch.arange(IDS.shape[1]).unsqueeze(0)
+        tables = model.model.rotary_emb(hidden, positions)
+        before, last = None, 1.0
+        for loop, step in zip(running.schedule.loops, steps, strict=True):
+            block = running._modules[str(loop)]
+            for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+                layer.step = 1.0
+            mask = torch.full((IDS.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)[None, None]
+            normed = block.input_layernorm(hidden)
+            mixed, _ = block.self_attn(normed, position_embeddings=tables, attention_mask=mask)
+            after = hidden + step * mixed
+            after = after + step * block.mlp(block.post_attention_layernorm(after))
+            increment = after - hidden
+            if solver == "adams_bashforth":
+                moved = hidden + mathematics.adams_bashforth(increment, before, step, last)
+            else:
+                moved = after
+            hidden, before, last = moved, increment, step
+        reference = model.lm_head(model.model.norm(hidden))
+    torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_keeps_the_step_sizes(tmp_path: Path) -> None:
+    model = shared(inference_iterations=2)
+    plain, full = logits(model), logits(shared())
+    model.save_pretrained(tmp_path)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    torch.testing.assert_close(logits(adapted), plain)
+    model.set_iterations()
+    torch.testing.assert_close(logits(adapted), full)
+    model.set_iterations(2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    wrapper = model.model.layers._modules["0"].mlp.down_proj
+    x = torch.randn(3, 64)
+    inner, base = wrapper(x), wrapper.base_layer
+    delta = wrapper.lora_B["default"](wrapper.lora_A["default"](x)) * wrapper.scaling["default"]
+    torch.testing.assert_close(inner, 2 * (base(x) + delta))
+
+
+def test_a_base_model_of_a_checkpoint_with_a_head(tmp_path: Path) -> None:
+    model = shared(lora_rank=2, share_norms=True)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_masks_of_another_kind_of_layer_are_refused() -> None:
+    config = FAMILIES["qwen2"]()
+    config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 8, 2
+    config.layer_types = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(hf_compress.ConfigurationError, match="layers of one kind"):
+        hf_compress.compress(model, LayerSharingConfig(unique_layers=1, inference_iterations=2))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"iterations": 2.0}, {"iterations": True}, {"iterations": 0}, {"steps": [5, -1]}, {"steps": [float("nan"), 2]}],
+)
+def test_iterations_that_are_none(arguments: dict[str, Any], unchecked_types: None) -> None:
+    with pytest.raises(hf_compress.ConfigurationError, match=r"iterations|positive"):
+        shared().set_iterations(**arguments)
+    with pytest.raises(hf_compress.ConfigurationError, match="one of the two"):
+        shared().set_iterations(4, [1, 1, 2])
 
 
 def test_uneven_steps_and_groups() -> None:

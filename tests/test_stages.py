@@ -129,6 +129,32 @@ def test_dequantizing_gives_the_same_function(second: str) -> None:
 
 
 @pytest.mark.parametrize("second", ["codebook", "pruning"])
+def test_a_refused_dequantization_changes_nothing(second: str) -> None:
+    model = staged("qwen3", second)
+    before = layout_of(model)
+    with pytest.raises(hf_compress.CompressionError, match="norm"):
+        model.dequantize()
+    assert layout_of(model) == before
+
+
+def test_pruning_a_decomposed_and_pruned_model_again() -> None:
+    model = staged("llama", "pruning")
+    hf_compress.compress(model, PruningConfig(sparsity=0.9, criterion="magnitude"))
+    assert model.compression_report.notes["sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_failure_before_the_work_leaves_a_decomposed_model_as_it_was(tmp_path: Path) -> None:
+    model = hf_compress.compress(make_model("llama"), first(calibration=calibration()))
+    report = model.compression_report
+    with pytest.raises(hf_compress.CalibrationError, match="tokenizer"):
+        hf_compress.compress(model, CodebookConfig(bits=3, calibration=CalibrationConfig(["some text"] * 9)))
+    assert model.compression_report is report
+    model.save_pretrained(tmp_path)
+    hf_compress.compress(model, CodebookConfig(bits=3, calibration=calibration()))
+    assert len(model.config.quantization_config.recipe["stages"]) == 2
+
+
+@pytest.mark.parametrize("second", ["codebook", "pruning"])
 def test_a_saved_checkpoint_is_compressed_further(second: str, tmp_path: Path) -> None:
     whole = staged("llama", second)
     half = hf_compress.compress(make_model("llama"), first(calibration=calibration()))

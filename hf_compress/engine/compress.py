@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,8 @@ def compress(
     _require_finite_weights(model)
     base = str(getattr(model.config, "name_or_path", "") or "")
     before = count_weights(anatomy)
+    attached = {name: model.__dict__.get(name) for name in ("hf_quantizer", "compression_report")}
+    layout = layout_of(model)
     earlier = _reopen(model, recipe) if goes_on else []
 
     def run() -> Outcome:
@@ -76,7 +78,16 @@ def compress(
         )
 
     # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, goes_on):
+    def untouched() -> bool:
+        """After a failure: give a model that is as it was its quantizer and report back."""
+        if layout_of(model) != layout:
+            return False
+        if attached["hf_quantizer"] is not None and goes_on:
+            attached["hf_quantizer"].attach(model)
+            model.compression_report = attached["compression_report"]
+        return True
+
+    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, untouched):
         report, provenance, _ = on_one_process(model, run)
         for method in methods:
             method.finish()
@@ -119,7 +130,7 @@ def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str,
 
 
 @contextmanager
-def _interruptible(model: nn.Module, opened: bool) -> Iterator[None]:
+def _interruptible(model: nn.Module, untouched: Callable[[], bool]) -> Iterator[None]:
     """Run in evaluation mode; after an exception, mark a model of which some blocks are compressed and some are not.
 
     Keeping the dense modules until the end would make this a plain undo, at the price of the whole model's memory.
@@ -131,7 +142,7 @@ def _interruptible(model: nn.Module, opened: bool) -> Iterator[None]:
     except BaseException:
         for module, training in modes.items():
             module.training = training
-        if opened or layout_of(model):
+        if not untouched():
             model.__dict__[UNFINISHED] = True
         raise
     model.train(modes[model])
@@ -308,7 +319,8 @@ def _load_processing_class(base: str, load_arguments: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(base, **load_arguments)
     except (OSError, ValueError) as error:
         raise CalibrationError(
-            f"the calibration texts need a tokenizer and none could be loaded from {base!r} ({error}). "
+            "the calibration texts need a tokenizer and none could be loaded from "
+            f"{base or 'a model without a name'!r} ({error}). "
             "Pass processing_class=tokenizer to compress(), or calibrate on token ids."
         ) from error
 

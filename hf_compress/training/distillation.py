@@ -20,7 +20,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..engine.resume import model_checksum
 from ..errors import ConfigurationError
+from ..methods.sharing.stepping import running_blocks
 from .divergence import divergence, log_probabilities, top_classes, with_the_rest
 from .teacher_cache import TeacherCache
 
@@ -113,6 +115,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             _require_same_classes(student.config, AutoConfig.from_pretrained(teacher_model))
             teacher = type(student).from_pretrained(teacher_model, dtype=student.dtype)
         _require_same_classes(student.config, teacher.config)
+        _check_pair(args, student, teacher)
         self.teacher: Any = teacher.eval().requires_grad_(False)
         self.layer_pairs = _layer_pairs(args, student.config, teacher.config)
         self.projections = _projections(args, self.layer_pairs, student.config, teacher.config)
@@ -139,7 +142,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if args.teacher_cache is None:
             return None
         name = str(named) if isinstance(named, (str, Path)) else str(self.teacher.config.name_or_path)
-        identity = {"teacher": name, "temperature": args.temperature, "classes": args.teacher_top_k}
+        identity = {
+            "teacher": name,
+            "weights": model_checksum(self.teacher),
+            "temperature": args.temperature,
+            "classes": args.teacher_top_k,
+        }
         return TeacherCache(args.teacher_cache, identity)
 
     def compute_loss(
@@ -155,7 +163,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         wanted = self._wanted(inputs, outputs.logits)
         found, teacher = self._divergence(inputs, outputs.logits, wanted)
         if not training:
-            self._remember(found, teacher, labels)
+            if teacher is None and labels is not None:
+                teacher = self._ask_teacher(inputs)  # the cache holds no loss
+            self._remember(found, teacher, labels, len(outputs.logits))
             loss = labels_loss if labels_loss is not None else found
             return (loss, _without_hidden(outputs)) if return_outputs else loss
         loss = args.kl_weight * args.temperature**2 * found
@@ -178,8 +188,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         else:
             return None
         if _is_causal(_inner(self.model)):
-            # A place is judged by the token after it.
+            # A place is judged by the token after it; padding before a text is none.
             places = torch.cat((places[:, 1:], torch.zeros_like(places[:, :1])), dim=1)
+            if mask is not None and mask.shape == places.shape:
+                places = places & mask.bool()
         return places.reshape(-1)
 
     def _divergence(self, inputs: dict[str, Any], logits: Tensor, wanted: Tensor | None) -> tuple[Tensor, Any]:
@@ -197,8 +209,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 classes, theirs = top_classes(theirs, args.teacher_top_k)
         if args.teacher_top_k is not None:
             own, theirs = with_the_rest(own.gather(-1, classes)), with_the_rest(theirs)
+        if own.shape != theirs.shape:
+            raise ConfigurationError(
+                f"the student's logits have the shape {tuple(own.shape)} and the teacher's {tuple(theirs.shape)}: "
+                "they are models for different tasks."
+            )
         kind: Any = args.divergence
-        return divergence(own, theirs, kind).mean(), teacher
+        found = divergence(own, theirs, kind)
+        # Without a place that counts there is nothing to learn, and a mean would be none.
+        return found.mean() if len(found) else found.sum(), teacher
 
     @torch.no_grad()
     def _ask_teacher(self, inputs: dict[str, Any]) -> Any:
@@ -234,7 +253,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Mean over the pairs of the squared error relative to the teacher's mean square."""
         losses = []
         for index, (student, teacher) in enumerate(self.layer_pairs):
-            first, second = own[student], theirs[teacher].to(own[student].device)
+            first = _state_at(_inner(self.model), own, student)
+            second = _state_at(self.teacher, theirs, teacher).to(first.device)
             if mask is not None and mask.dim() == 2 and mask.shape == first.shape[:2]:
                 first, second = first[mask.bool()], second[mask.bool()]
             if self.projections is not None:
@@ -244,22 +264,35 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def _remember(self, found: Tensor, teacher: Any, labels: Any) -> None:
+    def _remember(self, found: Tensor, teacher: Any, labels: Any, size: int) -> None:
         parts = {"divergence": found}
         loss = getattr(teacher, "loss", None)
         if labels is not None and loss is not None:
             parts["teacher_loss"] = loss
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
-        self._count += 1
+            before = self._sums.get(name, torch.zeros((), device=value.device))
+            self._sums[name] = before + size * value.detach().float()
+        self._count += size
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        if any(inputs.get(name) is not None for name in self.label_names):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # The Trainer has no loss without labels; here the divergence is one.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach().mean(), None if prediction_loss_only else outputs.logits.detach(), None
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         self._sums, self._count = {}, 0
         output = super().evaluation_loop(*args, **options)
         prefix = options.get("metric_key_prefix", "eval")
         for name, total in self._sums.items():
-            mean = self.accelerator.gather(total / self._count).mean()
-            output.metrics[f"{prefix}_{name}"] = float(mean)
+            count = torch.full_like(total, self._count)
+            sums = self.accelerator.gather(torch.stack((total, count)).unsqueeze(0)).sum(dim=0)
+            output.metrics[f"{prefix}_{name}"] = float(sums[0] / sums[1])
         return output
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -294,6 +327,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 def _inner(model: Any) -> Any:
     """The Transformers model under an adapter."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else model
+    if inner is None:
+        raise ConfigurationError("`model` is missing; `model_init` is not supported.")
     if not isinstance(inner, PreTrainedModel):
         raise ConfigurationError(f"`model` is a {type(inner).__name__}, expected a Transformers model.")
     return inner
@@ -316,6 +351,42 @@ def _collator(processing_class: Any, dataset: Any) -> Any:
 
 def _is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _state_at(model: nn.Module, states: Any, layer: int) -> Tensor:
+    """The hidden state after `layer` layers; of a model that runs fewer, larger steps the one nearest in time."""
+    running = running_blocks(model)
+    if running is None or running.iterations == running.depth:
+        state: Tensor = states[layer]
+        return state
+    times = torch.tensor([0.0, *running.schedule.steps], dtype=torch.float64).cumsum(0)
+    nearest: Tensor = states[int((times - layer).abs().argmin())]
+    return nearest
+
+
+def _check_pair(args: DistillationConfig, student: Any, teacher: Any) -> None:
+    """Raises `ConfigurationError` for what would fail, or teach nothing, after the training has begun."""
+    if teacher is student:
+        raise ConfigurationError("teacher and student are one model: load the teacher a second time.")
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise ConfigurationError("the teacher has no weights in memory: it is offloaded or on the meta device.")
+    if args.label_smoothing_factor:
+        raise ConfigurationError("DistillationConfig: `label_smoothing_factor` has no effect on a distillation.")
+    heads = type(student).__name__.rpartition("For")[2], type(teacher).__name__.rpartition("For")[2]
+    if heads[0] != heads[1] or "For" not in type(student).__name__:
+        raise ConfigurationError(
+            f"{type(student).__name__} cannot learn from {type(teacher).__name__}: expected two models with a head "
+            "for the same task."
+        )
+    classes = getattr(student.config, "num_labels", 2) if "Classification" in heads[0] else None
+    if classes == 1:
+        raise ConfigurationError("a regression has no classes whose probabilities could be compared.")
+    most = classes if classes is not None else getattr(student.config.get_text_config(), "vocab_size", None)
+    if args.teacher_top_k is not None and not 1 <= args.teacher_top_k < (most or float("inf")):
+        raise ConfigurationError(
+            f"DistillationConfig: `teacher_top_k` is {args.teacher_top_k}, expected from 1 to fewer than the {most} "
+            "classes."
+        )
 
 
 def _require_same_classes(student: Any, teacher: Any) -> None:

@@ -87,6 +87,9 @@ def _dense_module(layer: SparseLinear, dense: nn.Module) -> nn.Module:
     transposed = isinstance(dense, Conv1D)
     if layer.resized:
         dense = ResizedLinear.from_spec(dense, layer.spec())
+    elif tuple(dense_rows(dense).shape) != (layer.out_features, layer.in_features):
+        # Inside an attention that was replaced as a whole, with heads of its own size.
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     weight, mask = layer.matrix(), layer.mask()
     kept: dict[str, Any] = {"weight": weight.T.contiguous() if transposed else weight}
     if layer.bias is not None:

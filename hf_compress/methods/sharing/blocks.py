@@ -13,7 +13,11 @@ from transformers.models.albert.modeling_albert import AlbertTransformer
 from ...errors import CompressionError
 from ...layout import register_module_type
 from . import mathematics
+from .modules import SharedLinear
 from .stepping import Schedule, Stepping, checked_stepping
+
+# Attribute of an adapter's layer: what its output is scaled by.
+_STEP = "_hf_compress_step"
 
 
 @register_module_type
@@ -38,19 +42,25 @@ class SharedBlocks(Stepping, nn.ModuleList):
     def apply_schedule(self) -> None:
         for every in self._modules.values():
             _set_steps(every, self.scaled or [], 1.0)
-        for position, (loop, step) in enumerate(zip(self.schedule.loops, self.schedule.steps, strict=True)):
+        self._hand_on_steps()
+        for position, loop in enumerate(self.schedule.loops):
             block: Any = self._modules[str(loop)]
-            _set_steps(block, self.scaled or [], step)
             inside: list[Any] = list(block.modules())
             for module in inside:
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = position  # its slot in the cache
 
+    def _hand_on_steps(self) -> None:
+        for loop, step in zip(self.schedule.loops, self.schedule.steps, strict=True):
+            _set_steps(self._modules[str(loop)], self.scaled or [], step)
+
     def _running(self) -> list[Any]:
+        if not torch.compiler.is_compiling():
+            self._hand_on_steps()  # an adapter may have been attached or removed since
         blocks: list[Any] = [self._modules[str(loop)] for loop in self.schedule.loops]
         if torch.compiler.is_compiling() and self.solver == "euler":
             return blocks
-        blocks[0] = _CacheGuard(blocks[0], self.iterations)
+        blocks[0] = _CacheGuard(blocks[0], self.schedule)
         if self.solver == "adams_bashforth":
             trail: list[tuple[Tensor, float]] = []
             return [_Extrapolated(block, step, trail) for block, step in zip(blocks, self.schedule.steps, strict=True)]
@@ -63,6 +73,9 @@ class SharedBlocks(Stepping, nn.ModuleList):
         if isinstance(index, slice):
             return list(iter(self))[index]
         return super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # a list's shows what iterating yields
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         return _dense_state(self, dense)
@@ -82,21 +95,24 @@ class _Delegate:
 
 
 class _CacheGuard(_Delegate):
-    """The first block looks whether a cache was filled with another number of iterations."""
+    """The first block looks whether a cache was filled with other iterations."""
 
-    def __init__(self, block: Any, iterations: int) -> None:
+    def __init__(self, block: Any, schedule: Schedule) -> None:
         super().__init__(block)
-        self.iterations = iterations
+        self.schedule = schedule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            filled_with = cache.__dict__.setdefault("_hf_compress_iterations", self.iterations)
-            if filled_with != self.iterations:
+            filled_with = cache.__dict__.get("_hf_compress_schedule", self.schedule)
+            if filled_with != self.schedule and cache.get_seq_length():
+                before, now = len(filled_with.loops), len(self.schedule.loops)
                 raise CompressionError(
-                    f"the cache was filled with {filled_with} iterations and the model now runs {self.iterations}: "
-                    "the number must not change within a sequence. Start with an empty cache."
+                    f"the cache was filled with {before} iterations and the model now runs {now}"
+                    f"{' of other sizes' if before == now else ''}: they must not change within a sequence. Start "
+                    "with an empty cache."
                 )
+            cache.__dict__["_hf_compress_schedule"] = self.schedule
         return self.block(*args, **kwargs)
 
 
@@ -119,7 +135,18 @@ class _Extrapolated(_Delegate):
 
 def _set_steps(block: Any, scaled: list[str], step: float) -> None:
     for path in scaled:
-        block.get_submodule(path).step = step
+        module = inner = block.get_submodule(path)
+        while not isinstance(inner, SharedLinear):
+            inner = inner.base_layer  # an adapter has been attached: its part of the output is scaled as well
+        inner.step = step if inner is module else 1.0
+        if inner is not module:
+            _scale_output(module, step)
+
+
+def _scale_output(module: nn.Module, step: float) -> None:
+    if _STEP not in module.__dict__:
+        module.register_forward_hook(lambda own, _, output: output * own.__dict__[_STEP])
+    module.__dict__[_STEP] = step
 
 
 def _dense_state(shared: Any, dense: nn.Module) -> dict[str, Tensor]:

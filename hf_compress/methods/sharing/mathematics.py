@@ -52,12 +52,16 @@ def uniform_steps(iterations: int, depth: int) -> list[float]:
 
 
 def loops_in_time(steps: Sequence[float], depth: int) -> list[int]:
-    """For every iteration the loop whose time is nearest to its own: loop ℓ of the full model starts at time ℓ."""
-    time, loops = 0.0, []
-    for step in steps:
-        loops.append(min(int(time + 0.5), depth - 1))
+    """For every iteration the loop whose time is nearest to its own: loop ℓ of the full model starts at time ℓ.
+
+    No loop runs twice: each has parameters and a slot of the cache of its own.
+    """
+    time, loops = 0.0, [-1]
+    for position, step in enumerate(steps):
+        latest = depth - (len(steps) - position)
+        loops.append(min(max(int(time + 0.5), loops[-1] + 1), latest))
         time += step
-    return loops
+    return loops[1:]
 
 
 def steps_of_groups(iterations: int, sizes: Sequence[int]) -> list[list[float]]:

@@ -19,7 +19,7 @@ from . import mathematics
 from .blocks import SharedAlbertTransformer, SharedBlocks
 from .configuration import LayerSharingConfig
 from .modules import SharedLinear, SharedModule
-from .stepping import running_blocks, schedule_of
+from .stepping import check_layer_types, running_blocks, schedule_of
 
 
 @register_method
@@ -60,6 +60,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                 f"fewer iterations need blocks of {type(anatomy.model).__name__} all of whose matrices are shared and "
                 "whose two outputs go to the residual stream with no norm between."
             )
+        check_layer_types(anatomy.model, self.schedule)
 
     def _assigned_before(self) -> list[int]:
         if self.running is not None:

@@ -99,6 +99,11 @@ class SharedLinear(nn.Linear):
     def shared_weight(self) -> Float[Tensor, "rows columns"]:
         """W, on this layer's device."""
         weight: Tensor = self.source.weight[0]
+        if weight.is_meta and not self.weight.is_meta:
+            raise CompressionError(
+                f"the matrix at {self.source_path!r}, which other layers use, is offloaded. Put its block on a device "
+                "in the device_map."
+            )
         return weight if self.weight.is_meta else weight.to(self.weight.device)
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...anatomy import text_config
 from ...errors import ConfigurationError
 from . import mathematics
 from .configuration import Solver
@@ -25,7 +26,14 @@ class Schedule:
 def schedule_of(assigned: list[int], order: str, iterations: int | None, steps: list[float] | None) -> Schedule:
     """Raises `ConfigurationError` for iterations or steps that the sharing does not allow."""
     depth, groups = len(assigned), max(assigned) + 1
+    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int)):
+        raise ConfigurationError(f"{iterations!r} iterations: expected a whole number from 1 to {depth}.")
     if steps is not None:
+        numbers = all(isinstance(step, (int, float)) and 0 < step < float("inf") for step in steps)
+        if not steps or not numbers:
+            raise ConfigurationError(f"`steps` must be positive numbers, got {steps!r}.")
+        if iterations not in (None, len(steps)):
+            raise ConfigurationError(f"{iterations} iterations, and {len(steps)} `steps`; give one of the two.")
         if abs(sum(steps) - depth) > 1e-6 * depth:
             raise ConfigurationError(f"`steps` sum to {sum(steps):g}, and the model has a depth of {depth}.")
         iterations = len(steps)
@@ -150,7 +158,23 @@ def set_iterations(model: PreTrainedModel, iterations: int | None = None, steps:
     running = running_blocks(model)
     if running is None:
         raise ConfigurationError(f"{type(model).__name__} has no shared blocks; see LayerSharingConfig.")
-    running.set_schedule(schedule_of(running.assigned, running.order, iterations, steps), running.solver)
+    schedule = schedule_of(running.assigned, running.order, iterations, steps)
+    check_layer_types(model, schedule)
+    running.set_schedule(schedule, running.solver)
+
+
+def check_layer_types(model: PreTrainedModel, schedule: Schedule) -> None:
+    """Raises `ConfigurationError` where a loop would run with the attention mask of another kind of layer: models hand
+    masks out by position."""
+    types = getattr(text_config(model), "layer_types", None)
+    if types is None:
+        return
+    wrong = next((loop for position, loop in enumerate(schedule.loops) if types[position] != types[loop]), None)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"with {len(schedule.loops)} iterations layer {wrong} ({types[wrong]}) would run in the place of a layer "
+            "of another kind, and with its mask. Fewer iterations need layers of one kind."
+        )
 
 
 Stepping.model_methods = {"set_iterations": set_iterations}
