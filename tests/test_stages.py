@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_compress
 from hf_compress import (
+    CalibrationConfig,
     CodebookConfig,
     CompressionConfig,
     LayerSharingConfig,
