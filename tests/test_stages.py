@@ -52,6 +52,8 @@ def staged(family: str, second: str, dtype: torch.dtype = torch.float32, **field
     return hf_compress.compress(make_model(family, dtype), config)
 
 
+# With biases; with norms of query and key; with a softcap; without a rotary embedding.
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3", "gemma2", "opt"])
 @pytest.mark.parametrize("second", sorted(SECOND))
 def test_a_second_method_on_a_decomposed_model(family: str, second: str, tmp_path: Path) -> None:
     model = staged(family, second, torch.bfloat16)

@@ -1,6 +1,7 @@
 """What runs inside a training: callbacks, distillation, recovery."""
 
-from .distillation import DistillationConfig, DistillationTrainer
+from .configuration import DistillationConfig
+from .distillation import DistillationTrainer
 from .pruner import Pruner
 from .pruning import PruningCallback
 from .recovery import recover

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +11,27 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..engine.resume import model_checksum
 from ..errors import ConfigurationError
-from ..methods.sharing.stepping import running_blocks
+from .configuration import DistillationConfig
 from .divergence import divergence, log_probabilities, top_classes, with_the_rest
+from .pairs import (
+    check_pair,
+    inner_model,
+    is_causal,
+    layer_pairs,
+    make_projections,
+    require_same_classes,
+    state_at,
+)
 from .teacher_cache import TeacherCache
 
 PROJECTIONS = "distillation_projections.safetensors"
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):  # type: ignore[misc]
-    """
-    `TrainingArguments` with the terms of a distillation:
-
-        loss = (1 − kl_weight) · cross entropy + kl_weight · T² · divergence + hidden_state_weight · hidden states
-
-    Args:
-        temperature (`float`, defaults to 2.0): T, by which both models' logits are divided.
-        kl_weight (`float`, defaults to 0.9): share of the divergence; the labels' cross entropy has the rest.
-        divergence (`str`, defaults to `"forward_kl"`): `"forward_kl"`, `"reverse_kl"` or `"jensen_shannon"`.
-        hidden_state_weight (`float`, defaults to 0.0): weight of the mean squared error between hidden states,
-            relative to the teacher's mean square.
-        layer_mapping (`list[list[int]]`, *optional*): pairs of a student's and a teacher's hidden state, 0 being the
-            embedding. By default all of the student's, to the teacher's at equal relative depth.
-        teacher_top_k (`int`, *optional*): compare the teacher's likeliest classes and the rest of all others only.
-        teacher_cache (`str`, *optional*): folder for the teacher's `teacher_top_k` classes of every example: the
-            teacher runs once. The examples must come without random changes.
-    """
-
-    temperature: float = field(default=2.0)
-    kl_weight: float = field(default=0.9)
-    divergence: str = field(default="forward_kl")
-    hidden_state_weight: float = field(default=0.0)
-    layer_mapping: list[list[int]] | None = field(default=None)
-    teacher_top_k: int | None = field(default=None)
-    teacher_cache: str | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ConfigurationError(f"DistillationConfig: `temperature` must be positive, got {self.temperature}.")
-        if not 0 <= self.kl_weight <= 1:
-            raise ConfigurationError(f"DistillationConfig: `kl_weight` must be from 0 to 1, got {self.kl_weight}.")
-        if self.hidden_state_weight < 0:
-            raise ConfigurationError("DistillationConfig: `hidden_state_weight` must not be negative.")
-        if self.divergence not in ("forward_kl", "reverse_kl", "jensen_shannon"):
-            raise ConfigurationError(
-                f"DistillationConfig: `divergence` is {self.divergence!r}; expected forward_kl, reverse_kl or "
-                "jensen_shannon."
-            )
-        if self.teacher_cache is not None and self.teacher_top_k is None:
-            raise ConfigurationError("DistillationConfig: `teacher_cache` needs `teacher_top_k`, what is kept.")
-        if self.teacher_cache is not None and self.hidden_state_weight:
-            raise ConfigurationError("DistillationConfig: `teacher_cache` keeps no hidden states.")
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -109,16 +67,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise ConfigurationError(f"`args` is a {type(args).__name__}, expected a DistillationConfig.")
         if teacher_model is None:
             raise ConfigurationError("`teacher_model` is missing: a model, or an id or path.")
-        student = _inner(model)
+        student = inner_model(model)
         teacher = teacher_model
         if isinstance(teacher_model, (str, Path)):
-            _require_same_classes(student.config, AutoConfig.from_pretrained(teacher_model))
+            require_same_classes(student.config, AutoConfig.from_pretrained(teacher_model))
             teacher = type(student).from_pretrained(teacher_model, dtype=student.dtype)
-        _require_same_classes(student.config, teacher.config)
-        _check_pair(args, student, teacher)
+        require_same_classes(student.config, teacher.config)
+        check_pair(args, student, teacher)
         self.teacher: Any = teacher.eval().requires_grad_(False)
-        self.layer_pairs = _layer_pairs(args, student.config, teacher.config)
-        self.projections = _projections(args, self.layer_pairs, student.config, teacher.config)
+        self.layer_pairs = layer_pairs(args, student.config, teacher.config)
+        self.projections = make_projections(args, self.layer_pairs, student.config, teacher.config)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -187,7 +145,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             places = mask.bool()
         else:
             return None
-        if _is_causal(_inner(self.model)):
+        if is_causal(inner_model(self.model)):
             # A place is judged by the token after it; padding before a text is none.
             places = torch.cat((places[:, 1:], torch.zeros_like(places[:, :1])), dim=1)
             if mask is not None and mask.shape == places.shape:
@@ -253,8 +211,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Mean over the pairs of the squared error relative to the teacher's mean square."""
         losses = []
         for index, (student, teacher) in enumerate(self.layer_pairs):
-            first = _state_at(_inner(self.model), own, student)
-            second = _state_at(self.teacher, theirs, teacher).to(first.device)
+            first = state_at(inner_model(self.model), own, student)
+            second = state_at(self.teacher, theirs, teacher).to(first.device)
             if mask is not None and mask.dim() == 2 and mask.shape == first.shape[:2]:
                 first, second = first[mask.bool()], second[mask.bool()]
             if self.projections is not None:
@@ -324,16 +282,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.projections.load_state_dict(load_file(file))
 
 
-def _inner(model: Any) -> Any:
-    """The Transformers model under an adapter."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else model
-    if inner is None:
-        raise ConfigurationError("`model` is missing; `model_init` is not supported.")
-    if not isinstance(inner, PreTrainedModel):
-        raise ConfigurationError(f"`model` is a {type(inner).__name__}, expected a Transformers model.")
-    return inner
-
-
 def _collator(processing_class: Any, dataset: Any) -> Any:
     """Pads labels of tokens with the tokens, which the Trainer's own does not; `None` for all other data."""
     if not isinstance(processing_class, PreTrainedTokenizerBase):
@@ -347,88 +295,6 @@ def _collator(processing_class: Any, dataset: Any) -> Any:
     if processing_class.pad_token_id is None:
         return default_data_collator  # sequences of one length need no padding
     return DataCollatorForSeq2Seq(processing_class)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def _state_at(model: nn.Module, states: Any, layer: int) -> Tensor:
-    """The hidden state after `layer` layers; of a model that runs fewer, larger steps the one nearest in time."""
-    running = running_blocks(model)
-    if running is None or running.iterations == running.depth:
-        state: Tensor = states[layer]
-        return state
-    times = torch.tensor([0.0, *running.schedule.steps], dtype=torch.float64).cumsum(0)
-    nearest: Tensor = states[int((times - layer).abs().argmin())]
-    return nearest
-
-
-def _check_pair(args: DistillationConfig, student: Any, teacher: Any) -> None:
-    """Raises `ConfigurationError` for what would fail, or teach nothing, after the training has begun."""
-    if teacher is student:
-        raise ConfigurationError("teacher and student are one model: load the teacher a second time.")
-    if any(parameter.is_meta for parameter in teacher.parameters()):
-        raise ConfigurationError("the teacher has no weights in memory: it is offloaded or on the meta device.")
-    if args.label_smoothing_factor:
-        raise ConfigurationError("DistillationConfig: `label_smoothing_factor` has no effect on a distillation.")
-    heads = type(student).__name__.rpartition("For")[2], type(teacher).__name__.rpartition("For")[2]
-    if heads[0] != heads[1] or "For" not in type(student).__name__:
-        raise ConfigurationError(
-            f"{type(student).__name__} cannot learn from {type(teacher).__name__}: expected two models with a head "
-            "for the same task."
-        )
-    classes = getattr(student.config, "num_labels", 2) if "Classification" in heads[0] else None
-    if classes == 1:
-        raise ConfigurationError("a regression has no classes whose probabilities could be compared.")
-    most = classes if classes is not None else getattr(student.config.get_text_config(), "vocab_size", None)
-    if args.teacher_top_k is not None and not 1 <= args.teacher_top_k < (most or float("inf")):
-        raise ConfigurationError(
-            f"DistillationConfig: `teacher_top_k` is {args.teacher_top_k}, expected from 1 to fewer than the {most} "
-            "classes."
-        )
-
-
-def _require_same_classes(student: Any, teacher: Any) -> None:
-    first, second = student.get_text_config(), teacher.get_text_config()
-    pairs = {
-        "vocabularies": (getattr(first, "vocab_size", None), getattr(second, "vocab_size", None)),
-        "numbers of classes": (getattr(student, "num_labels", None), getattr(teacher, "num_labels", None)),
-    }
-    for what, (own, theirs) in pairs.items():
-        if own != theirs:
-            raise ConfigurationError(
-                f"student and teacher have different {what}: {own} and {theirs}. Distillation compares their "
-                "probabilities class by class."
-            )
-
-
-def _depth(config: Any) -> int:
-    return int(config.get_text_config().num_hidden_layers)
-
-
-def _layer_pairs(args: DistillationConfig, student: Any, teacher: Any) -> list[tuple[int, int]]:
-    if not args.hidden_state_weight:
-        return []
-    own, theirs = _depth(student), _depth(teacher)
-    if args.layer_mapping is None:
-        return [(layer, round(layer * theirs / own)) for layer in range(own + 1)]
-    pairs = [(int(first), int(second)) for first, second in args.layer_mapping]
-    for first, second in pairs:
-        if not (0 <= first <= own and 0 <= second <= theirs):
-            raise ConfigurationError(
-                f"`layer_mapping` names the pair ({first}, {second}); the student has hidden states 0 to {own}, the "
-                f"teacher 0 to {theirs}."
-            )
-    return pairs
-
-
-def _projections(args: DistillationConfig, pairs: list[tuple[int, int]], student: Any, teacher: Any) -> Any:
-    """Where the widths differ: a learned map from the student's to the teacher's for every pair."""
-    own, theirs = student.get_text_config().hidden_size, teacher.get_text_config().hidden_size
-    if not pairs or own == theirs:
-        return None
-    return nn.ModuleList(nn.Linear(own, theirs, bias=False) for _ in pairs)
 
 
 def _rows(tensor: Tensor, wanted: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import load_calibration_data
 from ..errors import ConfigurationError
-from .distillation import DistillationConfig, DistillationTrainer
+from .configuration import DistillationConfig
+from .distillation import DistillationTrainer
 
 
 def recover(
