@@ -241,17 +241,17 @@ def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:
     return value
 
 
-def own_shape(spec: dict[str, Any], rows: int, columns: int) -> tuple[dict[str, Any], int, int]:
-    """The shape of a layer that has replaced a smaller one than the dense model's, taken out of its spec; otherwise
-    the dense shape. Raises `ValueError` for one that is no smaller."""
+def stood_on(dense: nn.Module, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The layer in whose place one with this spec was made, and the spec without its sizes: `dense` itself, or a
+    smaller one where an earlier stage had resized it. Raises `ValueError` for sizes that cannot be."""
     if "out_features" not in spec and "in_features" not in spec:
-        return spec, rows, columns
-    rest = {name: value for name, value in spec.items() if name not in ("out_features", "in_features")}
-    return rest, checked_size(spec, "out_features", rows), checked_size(spec, "in_features", columns)
+        return dense, spec
+    sizes = {name: spec[name] for name in ("in_features", "out_features")}
+    return ResizedLinear.from_spec(dense, sizes), {name: value for name, value in spec.items() if name not in sizes}
 
 
 def shape_spec(layer: Any) -> dict[str, int]:
-    """What `own_shape` reads, of a layer that has replaced a resized one."""
+    """What `stood_on` reads, of a layer that has replaced a resized one."""
     if not getattr(layer, "resized", False):
         return {}
     return {"out_features": layer.out_features, "in_features": layer.in_features}

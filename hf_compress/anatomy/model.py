@@ -97,6 +97,10 @@ class ModelAnatomy:
         field = self.mlp.feeds_residual_field
         return bool(getattr(text_config(self.model), field)) if field else self.mlp.feeds_residual
 
+    def predicts_tokens(self) -> bool:
+        """Whether the model is a causal language model with its head."""
+        return self.record.decoder and self.outside("head") is not None
+
     def block_matrices(self, index: int) -> list[tuple[str, str]]:
         """Path and kind of every matrix of a block: "mlp", "query_key" or "value_output" if the record names it,
         otherwise "other"."""

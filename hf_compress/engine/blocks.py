@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -204,6 +204,26 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         if name in known and name != "labels"
     }
     return {**inputs, "use_cache": False} if "use_cache" in known else inputs
+
+
+def next_token_labels(batch: Batch) -> Tensor | None:
+    """The tokens of a batch as labels for a causal language model, padding left out; `None` without tokens."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    return ids if ids is None or mask is None else ids.masked_fill(mask == 0, -100)
+
+
+@contextmanager
+def only_these_train(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Within the context gradients are kept for some parameters alone, or for none."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, want in wanted.items():
+            parameter.requires_grad_(want)
 
 
 def require_finite(hidden: Tensor, what: str) -> Tensor:

@@ -77,7 +77,6 @@ def compress(
             model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base, before
         )
 
-    # Tensors made in inference mode could never be trained.
     def untouched() -> bool:
         """After a failure: give a model that is as it was its quantizer and report back."""
         if layout_of(model) != layout:
@@ -87,6 +86,7 @@ def compress(
             model.compression_report = attached["compression_report"]
         return True
 
+    # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad(), _interruptible(model, untouched):
         report, provenance, _ = on_one_process(model, run)
         for method in methods:

@@ -82,9 +82,13 @@ def _linear(
 
 def _matrix(values: Tensor, row_starts: Tensor, column_indices: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """A CSR tensor in the dtype to compute in; nothing is checked, as that would take longer than the product."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     size = (len(row_starts) - 1, columns)
-    return torch.sparse_csr_tensor(row_starts, column_indices, values.to(wide), size, check_invariants=False)
+    return torch.sparse_csr_tensor(row_starts, column_indices, values.to(_wide(dtype)), size, check_invariants=False)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of a dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _row_indices(row_starts: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def _input_gradient(
 
 
 def _value_gradient_fake(gradient: Tensor, x: Tensor, row_starts: Tensor, column_indices: Tensor) -> Tensor:
-    return gradient.new_empty(column_indices.shape, dtype=torch.float32)
+    return gradient.new_empty(column_indices.shape, dtype=_wide(x.dtype))
 
 
 @operator(
@@ -123,7 +127,7 @@ def _value_gradient_fake(gradient: Tensor, x: Tensor, row_starts: Tensor, column
 )
 def _value_gradient(gradient: Tensor, x: Tensor, row_starts: Tensor, column_indices: Tensor) -> Tensor:
     """`Σ_t gradient[t, r] x[t, c]` for every kept weight (r, c)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _wide(x.dtype)
     # A row of the transposed matrices is a place for all tokens: what a weight needs lies together.
     outputs = gradient.reshape(-1, gradient.shape[-1]).to(wide).T.contiguous()
     inputs = x.reshape(-1, x.shape[-1]).to(wide).T.contiguous()

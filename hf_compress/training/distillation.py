@@ -115,11 +115,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # The model's own mode would be that of a wrapper.
         training = model.training
         with_hidden = bool(args.hidden_state_weight) and training
-        outputs = model(**inputs, **({"output_hidden_states": True} if with_hidden else {}))
         labels = inputs.get("labels")
+        if training and args.kl_weight == 1:
+            labels = None  # they choose the places below; their loss would be worked out for nothing
+        asked = inputs if labels is not None else self._without_labels(inputs)
+        outputs = model(**asked, **({"output_hidden_states": True} if with_hidden else {}))
         labels_loss = outputs.loss if labels is not None else None
         wanted = self._wanted(inputs, outputs.logits)
-        found, teacher = self._divergence(inputs, outputs.logits, wanted)
+        # In training nobody asks for the teacher's own loss, in evaluation for its hidden states.
+        question = self._without_labels(inputs) if training else inputs
+        found, teacher = self._divergence(question, outputs.logits, wanted, with_hidden)
         if not training:
             if teacher is None and labels is not None:
                 teacher = self._ask_teacher(inputs)  # the cache holds no loss
@@ -133,6 +138,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             states = self._hidden_states(outputs.hidden_states, teacher.hidden_states, inputs.get("attention_mask"))
             loss = loss + args.hidden_state_weight * states
         return (loss, _without_hidden(outputs)) if return_outputs else loss
+
+    def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if getattr(inner_model(self.model).config, "is_encoder_decoder", False):
+            return inputs  # its decoder reads them
+        return {name: value for name, value in inputs.items() if name != "labels"}
 
     def _wanted(self, inputs: dict[str, Any], logits: Tensor) -> Tensor | None:
         """Which places count, (rows of the flattened logits,): those with a label, or that are no padding."""
@@ -152,7 +162,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 places = places & mask.bool()
         return places.reshape(-1)
 
-    def _divergence(self, inputs: dict[str, Any], logits: Tensor, wanted: Tensor | None) -> tuple[Tensor, Any]:
+    def _divergence(
+        self, inputs: dict[str, Any], logits: Tensor, wanted: Tensor | None, with_hidden: bool = False
+    ) -> tuple[Tensor, Any]:
         """Mean over the places that count, and what the teacher said (`None` from the cache)."""
         args: DistillationConfig = self.args
         own = log_probabilities(_rows(logits, wanted), args.temperature)
@@ -161,7 +173,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             classes, theirs = self._from_cache(self.cache, inputs, logits)
             classes, theirs = _rows(classes, wanted), _rows(theirs, wanted)
         else:
-            teacher = self._ask_teacher(inputs)
+            teacher = self._ask_teacher(inputs, with_hidden)
             theirs = log_probabilities(_rows(teacher.logits.to(own.device), wanted), args.temperature)
             if args.teacher_top_k is not None:
                 classes, theirs = top_classes(theirs, args.teacher_top_k)
@@ -178,11 +190,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return found.mean() if len(found) else found.sum(), teacher
 
     @torch.no_grad()
-    def _ask_teacher(self, inputs: dict[str, Any]) -> Any:
+    def _ask_teacher(self, inputs: dict[str, Any], with_hidden: bool = False) -> Any:
         device = next(self.teacher.parameters()).device
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        hidden = bool(self.args.hidden_state_weight)
-        return self.teacher(**moved, **({"output_hidden_states": True} if hidden else {}))
+        return self.teacher(**moved, **({"output_hidden_states": True} if with_hidden else {}))
 
     def _from_cache(self, cache: TeacherCache, inputs: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's likeliest classes and their log-probabilities, (*places, count); padding has probability 0."""

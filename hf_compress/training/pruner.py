@@ -28,7 +28,7 @@ from ..methods.pruning.masks import (
 from ..methods.pruning.mathematics import cubic_sparsity
 from ..methods.pruning.method import Pruning, report_row
 from ..methods.pruning.parts import prunable_parts
-from ..methods.pruning.scores import warn_if_fresh_head
+from ..methods.pruning.scores import rounded_ratio, warn_if_fresh_head
 from ..methods.pruning.selection import select, sparsity_of, warn_if_undecided
 from ..methods.pruning.state import TrainingState
 from ..methods.pruning.structured import removable_groups
@@ -217,15 +217,15 @@ class Pruner:
             raise ConfigurationError("steps are given as shares of the training: set_total_steps(...) comes first.")
         self._require_in_place()
         start, end = self._window
-        config = self.config
+        config, chosen = self.config, False
         if config is not None and self._gathering is not None and step > config.warmup_steps:
             self._state.count(self._gathering.observe())
             due = step >= end or (step > start and (step - start) % config.update_interval == 0)
             if due and (config.schedule == "cubic" or step >= start) and self._choose(step, start, end):
-                apply_masks(self.modules.values())
+                chosen = True
                 if step >= end:
                     self._close()
-        if self.finished:
+        if chosen or self.finished:
             apply_masks(self.modules.values())
         elif self._before is not None:
             for path, module in self.modules.items():
@@ -290,8 +290,8 @@ class Pruner:
         notes: dict[str, Any] = {"sparsity": round(self.sparsity, 6)}
         if self.config is not None:
             notes["skipped_steps"] = self.skipped_steps
-        if self.score_ratio is not None:
-            notes["sensitivity_to_magnitude"] = float(f"{self.score_ratio:.4g}")
+        if self._terms is not None:
+            notes["sensitivity_to_magnitude"] = rounded_ratio(self._terms)
         modules = {**self.modules, **self._held}
         apply_masks(modules.values())
         if self._structure is not None:

@@ -10,12 +10,20 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 
-from ...layout import ResizedLinear, own_shape, register_module_type, shape_spec, widened
+from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
 
 # Weights that share a scale, and scales that share one of theirs.
 BLOCK, NESTED_BLOCK = 64, 256
 # Rows of a tile of bitsandbytes' kernel for CPUs.
 CPU_ROWS = 32
+
+
+def _float_dtype(name: Any) -> torch.dtype:
+    """A dtype from a spec. Raises `ValueError` for anything else that torch has under that name."""
+    if name not in ("float32", "float16", "bfloat16", "float64"):
+        raise ValueError(f"{name!r} is no dtype that weights have")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 class _Packed:
@@ -38,8 +46,21 @@ class _Packed:
         self._save_to_state_dict(state, "", False)  # type: ignore[attr-defined]
         return sum(tensor.numel() * tensor.element_size() for name, tensor in state.items() if name != "bias")
 
+    def _take_over(self, dense: nn.Linear) -> None:
+        """What is not quantized of the layer in whose place this one stands."""
+        if dense.bias is not None:
+            self.bias = nn.Parameter(dense.bias.detach().clone())
+        self.resized = isinstance(dense, ResizedLinear)
+        self.train(dense.training)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _stood_on(dense: nn.Module, spec: dict[str, Any]) -> tuple[nn.Linear, dict[str, Any]]:
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
+        return stood_on(dense, spec)
+
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
-        bias = self.bias  # type: ignore[attr-defined]
+        bias = self.bias
         state = {"weight": self.matrix()}  # type: ignore[attr-defined]
         return widened(state if bias is None else {**state, "bias": bias.detach()}, dense)
 
@@ -72,10 +93,7 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
         )
         layer.weight = weight.to(dense.weight.device)
         layer.quant_state = layer.weight.quant_state
-        if dense.bias is not None:
-            layer.bias = nn.Parameter(dense.bias.detach().clone())
-        layer.resized = isinstance(dense, ResizedLinear)
-        layer.train(dense.training)
+        layer._take_over(dense)
         return layer
 
     @classmethod
@@ -107,19 +125,16 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
 
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> BnbLinear4bit:
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        rest, rows, columns = own_shape(spec, dense.out_features, dense.in_features)
-        if rest is not spec:
-            dense = ResizedLinear.from_spec(dense, {"in_features": columns, "out_features": rows})
+        dense, rest = cls._stood_on(dense, spec)
         if rest["quant_type"] not in ("nf4", "fp4") or not isinstance(rest["double"], bool):
             raise ValueError(f"`quant_type` {rest['quant_type']!r} or `double` {rest['double']!r} is unknown")
-        compute = None if rest["compute_dtype"] is None else getattr(torch, rest["compute_dtype"])
-        if not isinstance(getattr(torch, rest["dtype"], None), torch.dtype):
-            raise ValueError(f"`dtype` {rest['dtype']!r} is none of torch's")
+        if rest["double"] and not isinstance(rest["offset"], float):
+            raise ValueError(f"`offset` must be a number, got {rest['offset']!r}")
+        compute = None if rest["compute_dtype"] is None else _float_dtype(rest["compute_dtype"])
+        _float_dtype(rest["dtype"])
         layer = cls._empty(dense, rest["quant_type"], rest["double"], compute)
-        layer.resized, layer.loaded_spec = rest is not spec, rest
-        device, count = dense.weight.device, rows * columns
+        layer.resized, layer.loaded_spec = isinstance(dense, ResizedLinear), rest
+        device, count = dense.weight.device, dense.weight.numel()
         blocks = -(-count // BLOCK)
         packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device=device)
         layer.weight = nn.Parameter(packed, requires_grad=False)
@@ -214,10 +229,7 @@ class BnbLinear8bit(_Packed, Linear8bitLt):  # type: ignore[misc]
         layer = cls._empty(dense, threshold)
         weight, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(dense.weight.detach().to(torch.float16))
         layer._take(weight, scales)
-        if dense.bias is not None:
-            layer.bias = nn.Parameter(dense.bias.detach().clone())
-        layer.resized = isinstance(dense, ResizedLinear)
-        layer.train(dense.training)
+        layer._take_over(dense)
         return layer
 
     @classmethod
@@ -240,19 +252,15 @@ class BnbLinear8bit(_Packed, Linear8bitLt):  # type: ignore[misc]
 
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> BnbLinear8bit:
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        rest, rows, columns = own_shape(spec, dense.out_features, dense.in_features)
-        if rest is not spec:
-            dense = ResizedLinear.from_spec(dense, {"in_features": columns, "out_features": rows})
+        dense, rest = cls._stood_on(dense, spec)
         if not isinstance(rest["threshold"], (int, float)) or rest["threshold"] < 0:
             raise ValueError(f"`threshold` must not be negative, got {rest['threshold']!r}")
         layer = cls._empty(dense, float(rest["threshold"]))
-        layer.resized = rest is not spec
+        layer.resized = isinstance(dense, ResizedLinear)
         device = dense.weight.device
-        flat = torch.empty(rows * columns, dtype=torch.int8, device=device)
+        flat = torch.empty(dense.weight.numel(), dtype=torch.int8, device=device)
         layer.weight = nn.Parameter(flat, requires_grad=False)
-        layer.register_buffer("row_scales", torch.empty(rows, dtype=torch.float32, device=device))
+        layer.register_buffer("row_scales", torch.empty(dense.out_features, dtype=torch.float32, device=device))
         if dense.bias is not None:
             layer.bias = nn.Parameter(torch.empty_like(dense.bias))
         return layer

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import ModelAnatomy, dense_rows
-from ...engine.blocks import Batch, model_inputs, real_tokens, take_tokens, text_positions
+from ...engine.blocks import (
+    Batch,
+    model_inputs,
+    next_token_labels,
+    only_these_train,
+    real_tokens,
+    take_tokens,
+    text_positions,
+)
 from ...engine.session import Session
 from . import mathematics
 from .configuration import CodebookConfig
@@ -110,7 +118,7 @@ def _hull(found: dict[int, float]) -> list[tuple[int, float]]:
 def _measure(anatomy: ModelAnatomy, batches: list[Batch], paths: Sequence[str]) -> _Energies:
     model, energies = anatomy.model, _Energies()
     generator = torch.Generator().manual_seed(0)
-    with _gradients_on(model), _observed(model, paths, energies):
+    with only_these_train(model), _observed(model, paths, energies):
         for batch in take_tokens(batches, GRADIENT_TOKENS):
             with torch.enable_grad(), text_positions(batch):
                 _objective(anatomy, model(**model_inputs(model, batch)), batch, generator).backward()
@@ -120,29 +128,14 @@ def _measure(anatomy: ModelAnatomy, batches: list[Batch], paths: Sequence[str]) 
 def _objective(anatomy: ModelAnatomy, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """The sum over tokens of the loss of a causal language model; elsewhere a random projection of the output, whose
     squared gradients are those of its squared error on average."""
-    ids = batch.get("input_ids")
+    targets = next_token_labels(batch)
     logits = getattr(output, "logits", None)
-    causal = anatomy.record.decoder and anatomy.outside("head") is not None
-    if causal and logits is not None and ids is not None and logits.shape[:2] == ids.shape:
-        mask = batch.get("attention_mask")
-        targets = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    if anatomy.predicts_tokens() and logits is not None and targets is not None and logits.shape[:2] == targets.shape:
         flat = logits[:, :-1].flatten(end_dim=1).float()
         return nn.functional.cross_entropy(flat, targets[:, 1:].flatten().to(flat.device), reduction="sum")
     named = [output[name] for name in output if name.endswith("logits")] or [output[0]]
     drawn = [torch.randn(states.shape, generator=generator).to(states.device) for states in named]
     return torch.stack([(states.float() * draw).sum() for states, draw in zip(named, drawn, strict=True)]).sum()
-
-
-@contextmanager
-def _gradients_on(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow to outputs, without keeping one for any parameter."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, want in wanted.items():
-            parameter.requires_grad_(want)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
-from ...layout import ResizedLinear, own_shape, register_module_type, widened
+from ...layout import ResizedLinear, register_module_type, stood_on, widened
 from .coded import Coded
 from .weight import CodebookFormat, PackedWeight
 
@@ -44,12 +44,8 @@ def _names() -> str:
 def _from_spec(cls: type[Any], dense: nn.Module, spec: dict[str, Any]) -> Any:
     if not isinstance(dense, tuple(_LAYERS)):
         raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
-    rest, rows, columns = own_shape(spec, *dense_rows(dense).shape)
-    if rest is not spec:
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"replaces a {type(dense).__name__}, which cannot have been resized")
-        dense = ResizedLinear.from_spec(dense, {"in_features": columns, "out_features": rows})
-    layer = coded_layer(dense, None, CodebookFormat.from_spec(rest, rows, columns))
+    dense, rest = stood_on(dense, spec)
+    layer = coded_layer(dense, None, CodebookFormat.from_spec(rest, *dense_rows(dense).shape))
     if type(layer) is not cls:
         raise ValueError(f"replaces a {type(dense).__name__}, for which it is not made")
     return layer

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NumericalError
-from . import mathematics
 from .configuration import PruningConfig
 from .masks import SCORE, START
+from .scores import all_finite, scores_now
 
 
 class Gathering:
@@ -47,8 +47,7 @@ class Gathering:
                     "optimizer.zero_grad(), and let the matrices of the blocks train."
                 )
             found[path] = gradient
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
-        return found if finite else None
+        return found if all_finite(found.values()) else None
 
     @torch.no_grad()
     def observe(self) -> bool | None:
@@ -82,27 +81,14 @@ class Gathering:
         config = self.config
         if config.criterion in ("sensitivity", "movement"):
             return {path: module.get_buffer(SCORE) for path, module in self.modules.items()}
-        weights = {path: module.get_parameter("weight").detach().float() for path, module in self.modules.items()}
-        if config.criterion == "magnitude":
-            return {path: weight.abs() for path, weight in weights.items()}
+        weights = {path: module.get_parameter("weight").detach() for path, module in self.modules.items()}
         if config.criterion == "delta":
-            return {path: (w - self.modules[path].get_buffer(START).float()).abs() for path, w in weights.items()}
-        if config.criterion == "random":
-            # The same numbers every time: what is pruned stays pruned.
-            generator = torch.Generator().manual_seed(config.seed)
-            return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}
-        gradients = self.gradients()
-        if gradients is None:
+            start = {path: module.get_buffer(START) for path, module in self.modules.items()}
+            return scores_now(config, weights, start=start)[0]
+        gradients = self.gradients() if config.needs_gradients else None
+        if config.needs_gradients and gradients is None:
             return None
-        if config.criterion == "gradient":
-            return {path: gradient.float().abs() for path, gradient in gradients.items()}
-        if config.criterion == "snip":
-            return {path: (weight * gradients[path]).abs() for path, weight in weights.items()}
-        scores, sums = {}, [0.0, 0.0]
-        for path, weight in weights.items():
-            found = mathematics.snip_magnitude(weight, gradients[path], config.magnitude_weight, config.normalize)
-            scores[path], sums = found[0], [sums[0] + found[1], sums[1] + found[2]]
-        self.terms = (sums[0], sums[1])
+        scores, self.terms = scores_now(config, weights, gradients=gradients)
         return scores
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
 from ...engine.exclusion import is_excluded
-from ...layout import ResizedLinear
+from ...layout import stood_on
 from .configuration import Values
 from .format import store
 from .modules import SparseLinear
@@ -85,9 +85,8 @@ def open_layers(model: PreTrainedModel, modules_to_not_convert: Sequence[str] = 
 @torch.no_grad()
 def _dense_module(layer: SparseLinear, dense: nn.Module) -> nn.Module:
     transposed = isinstance(dense, Conv1D)
-    if layer.resized:
-        dense = ResizedLinear.from_spec(dense, layer.spec())
-    elif tuple(dense_rows(dense).shape) != (layer.out_features, layer.in_features):
+    dense, _ = stood_on(dense, layer.spec())
+    if tuple(dense_rows(dense).shape) != (layer.out_features, layer.in_features):
         # Inside an attention that was replaced as a whole, with heads of its own size.
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     weight, mask = layer.matrix(), layer.mask()

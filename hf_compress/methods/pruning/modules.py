@@ -15,7 +15,7 @@ from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels.library import multiplies_bfloat16
 from ...kernels.sparse import sparse_linear
-from ...layout import ResizedLinear, own_shape, register_module_type, shape_spec, widened
+from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
 from .format import DTYPES, SparseFormat, SparseMatrix
 from .positions import decode
 
@@ -127,11 +127,12 @@ class SparseLinear(nn.Linear):
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SparseLinear:
         if not isinstance(dense, (nn.Linear, Conv1D)):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear or a Conv1D")
-        rest, rows, columns = own_shape(spec, *dense_rows(dense).shape)
+        dense, rest = stood_on(dense, spec)
+        rows, columns = dense_rows(dense).shape
         weight: Any = dense.weight
         format = SparseFormat.from_spec(rest, rows, columns)
         layer = cls(columns, rows, dense.bias is not None, format=format, device=weight.device, dtype=weight.dtype)
-        layer.resized = rest is not spec
+        layer.resized = isinstance(dense, ResizedLinear)
         return layer
 
     @property

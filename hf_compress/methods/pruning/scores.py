@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...anatomy import ModelAnatomy, resolve_anatomy
-from ...engine.blocks import Batch, model_inputs
+from ...engine.blocks import Batch, model_inputs, next_token_labels, only_these_train
 from ...engine.session import Session
 from ...errors import CalibrationError, ConfigurationError, NumericalError
 from . import mathematics
@@ -32,34 +31,61 @@ def score_matrices(session: Session, config: PruningConfig, paths: Sequence[str]
     """
     model = session.anatomy.model
     weights = {path: model.get_submodule(path).get_parameter("weight").detach() for path in paths}
-    if config.criterion == "magnitude":
-        return {path: weight.float().abs() for path, weight in weights.items()}
-    if config.criterion == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}
     if config.criterion == "delta":
-        base, checksum = base_weights(session.anatomy, config, weights)
-        session.notes["base_model_checksum"] = checksum
-        return {
-            path: (weight.float() - base[path].to(weight.device).float()).abs() for path, weight in weights.items()
-        }
+        base, session.notes["base_model_checksum"] = base_weights(session.anatomy, config, weights)
+        return scores_now(config, weights, start=base)[0]
+    if not config.needs_gradients:
+        return scores_now(config, weights)[0]
     warn_if_fresh_head(model)
     if config.criterion == "sensitivity":
         return _Gradients(session, weights).mean_sensitivity()
-    gradients = _Gradients(session, weights).mean()
-    if config.criterion != "snip_magnitude":
-        with_weight = config.criterion == "snip"
-        return {
-            path: (weight.float() * gradients[path] if with_weight else gradients[path]).abs()
-            for path, weight in weights.items()
-        }
+    scores, terms = scores_now(config, weights, gradients=_Gradients(session, weights).mean())
+    if terms is not None:
+        session.notes["sensitivity_to_magnitude"] = rounded_ratio(terms)
+    return scores
+
+
+def scores_now(
+    config: PruningConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    gradients: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> tuple[Scores, tuple[float, float] | None]:
+    """Scores that follow from the weights, their gradients or their start alone, in float32.
+
+    Returns:
+        The scores, and for `"snip_magnitude"` the sums of its two terms over all weights.
+    """
+    if config.criterion == "magnitude":
+        return {path: weight.float().abs() for path, weight in weights.items()}, None
+    if config.criterion == "random":
+        # The same numbers every time: what is pruned stays pruned.
+        generator = torch.Generator().manual_seed(config.seed)
+        return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}, None
+    if config.criterion == "delta":
+        assert start is not None
+        return {path: (w.float() - start[path].to(w.device).float()).abs() for path, w in weights.items()}, None
+    assert gradients is not None
+    if config.criterion == "gradient":
+        return {path: gradients[path].float().abs() for path in weights}, None
+    if config.criterion == "snip":
+        return {path: (weight.float() * gradients[path]).abs() for path, weight in weights.items()}, None
     scores, sums = {}, [0.0, 0.0]
     for path, weight in weights.items():
         found = mathematics.snip_magnitude(weight.float(), gradients[path], config.magnitude_weight, config.normalize)
-        scores[path] = found[0]
-        sums = [sums[0] + found[1], sums[1] + found[2]]
-    session.notes["sensitivity_to_magnitude"] = float(f"{sums[0] / sums[1]:.4g}") if sums[1] else "no magnitude term"
-    return scores
+        scores[path], sums = found[0], [sums[0] + found[1], sums[1] + found[2]]
+    return scores, (sums[0], sums[1])
+
+
+def rounded_ratio(terms: tuple[float, float]) -> float | str:
+    """Of the sensitivity's sum to the magnitude's, for a report."""
+    return float(f"{terms[0] / terms[1]:.4g}") if terms[1] else "no magnitude term"
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity; an accelerator is waited for once."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def warn_if_fresh_head(model: Any) -> None:
@@ -83,10 +109,8 @@ def task_loss(anatomy: ModelAnatomy, batch: Batch) -> Tensor:
     model: nn.Module = anatomy.model
     inputs = model_inputs(model, batch)
     labels = batch.get("labels")
-    ids = batch.get("input_ids")
-    if labels is None and ids is not None and anatomy.record.decoder and anatomy.outside("head") is not None:
-        mask = batch.get("attention_mask")
-        labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    if labels is None and anatomy.predicts_tokens():
+        labels = next_token_labels(batch)
     if labels is not None:
         inputs["labels"] = labels.to(next(model.parameters()).device)
         loss = getattr(model(**inputs), "loss", None)
@@ -129,7 +153,7 @@ class _Gradients:
         model, skipped, used = self.session.anatomy.model, 0, 0
         modules = {path: model.get_submodule(path) for path in self.weights}
         parameters = {path: module.get_parameter("weight") for path, module in modules.items()}
-        with _only_these_train(model, list(parameters.values())):
+        with only_these_train(model, list(parameters.values())):
             for batch in self.session.batches:
                 with torch.enable_grad():
                     loss = task_loss(self.session.anatomy, batch)
@@ -138,7 +162,7 @@ class _Gradients:
                     path: torch.zeros_like(parameter) if gradient is None else gradient
                     for (path, parameter), gradient in zip(parameters.items(), found, strict=True)
                 }
-                if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+                if not all_finite(gradients.values()):
                     skipped += 1
                     continue
                 used += 1
@@ -150,19 +174,6 @@ class _Gradients:
                 f"the gradients are NaN or infinite on all {skipped} calibration batches. Check the data, or load the "
                 "model in float32."
             )
-
-
-@contextmanager
-def _only_these_train(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, want in wanted.items():
-            parameter.requires_grad_(want)
 
 
 def base_weights(anatomy: ModelAnatomy, config: PruningConfig, weights: dict[str, Tensor]) -> tuple[Scores, str]:
