@@ -4,6 +4,7 @@ Importing the package teaches Transformers the quantization method `"hf_compress
 `compression_config` of `from_pretrained`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import integration, quantizer
@@ -28,6 +29,7 @@ from .methods.pruning import PruningConfig
 from .methods.sharing import LayerSharingConfig, set_iterations
 
 if TYPE_CHECKING:
+    from .automatic import AutoResult, Budget, auto
     from .training import (
         DistillationConfig,
         DistillationTrainer,
@@ -45,6 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "AttentionAnatomy",
+    "AutoResult",
+    "Budget",
     "CalibrationConfig",
     "CalibrationError",
     "CheckpointError",
@@ -66,6 +70,7 @@ __all__ = [
     "RandomStepCallback",
     "ResumeError",
     "UnsupportedModelError",
+    "auto",
     "compress",
     "plan",
     "recover",
@@ -73,24 +78,28 @@ __all__ = [
     "set_iterations",
 ]
 
-# Transformers' Trainer takes a second to import; who does not train does without.
-_TRAINING = (
-    "DistillationConfig",
-    "DistillationTrainer",
-    "Pruner",
-    "PruningCallback",
-    "RandomStepCallback",
-    "recover",
-)
+# Transformers' Trainer takes a second to import; who does not train or search does without.
+_LATER = {
+    **dict.fromkeys(("AutoResult", "Budget", "auto"), "automatic"),
+    **dict.fromkeys(
+        (
+            "DistillationConfig",
+            "DistillationTrainer",
+            "Pruner",
+            "PruningCallback",
+            "RandomStepCallback",
+            "recover",
+        ),
+        "training",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINING:
-        from . import training
-
-        return getattr(training, name)
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRAINING})
+    return sorted({*globals(), *_LATER})

@@ -100,15 +100,19 @@ class CompressionConfig(StrictModel):
         return {"stages": [stage.to_dict() for stage in self.stages]}
 
     @classmethod
-    def wrap(cls, config: CompressionConfig | MethodConfig | dict[str, Any]) -> CompressionConfig:
-        """Accept a single method's config, or a recipe's dictionary, wherever a `CompressionConfig` is expected."""
+    def wrap(cls, config: CompressionConfig | MethodConfig | BitsAndBytesConfig | dict[str, Any]) -> CompressionConfig:
+        """Accept a single method's config, a `BitsAndBytesConfig`, or a recipe's dictionary, wherever a
+        `CompressionConfig` is expected."""
         if isinstance(config, CompressionConfig):
             return config
+        if isinstance(config, BitsAndBytesConfig):
+            return cls(stages=(_as_stage(config),))
         if isinstance(config, MethodConfig):
             return cls(stages=(config,), calibration=config.calibration)
         if isinstance(config, dict):
             config = {name: value for name, value in config.items() if name != "quant_method"}
             return cls(**config) if "stages" in config else cls(stages=(method_config_from_dict(config),))
         raise ConfigurationError(
-            f"expected a CompressionConfig, a method's config or a recipe dictionary, got {type(config).__name__}."
+            "expected a CompressionConfig, a method's config, a BitsAndBytesConfig or a recipe dictionary, got "
+            f"{type(config).__name__}."
         )

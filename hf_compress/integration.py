@@ -103,6 +103,11 @@ def _from_pretrained(
     original: Callable[..., Any], cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     recipe = kwargs.pop("compression_config", None)
+    if getattr(kwargs.get("quantization_config"), "layout", None):
+        raise ConfigurationError(
+            "the quantization_config describes a finished checkpoint, whose own is read from its config.json: leave "
+            "it out. What is to be done to a model is passed as compression_config=."
+        )
     if recipe is not None:
         if kwargs.get("quantization_config") is not None:
             raise ConfigurationError("give either compression_config or quantization_config, not both.")
@@ -110,7 +115,7 @@ def _from_pretrained(
     elif _is_recipe(kwargs.get("quantization_config")):
         recipe = CompressionConfig.wrap(kwargs.pop("quantization_config"))
     if recipe is None:
-        return original(cls, name, *args, **kwargs)
+        return _load_with_another(original, cls, name, *args, **kwargs)
 
     shared = {key: kwargs[key] for key in _SHARED_ARGUMENTS if kwargs.get(key) is not None}
     if _goes_on(name, kwargs.get("config"), shared, recipe):
@@ -125,6 +130,24 @@ def _from_pretrained(
         return _from_gguf(original, cls, name, args, kwargs, recipe, shared)
     with _load_arguments(shared):
         return original(cls, name, *args, quantization_config=recipe, **kwargs)
+
+
+def _load_with_another(
+    original: Callable[..., Any], cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Load a checkpoint. Where it is one of ours and another quantization is asked for as well, say how: Transformers
+    refuses or ignores that."""
+    given = kwargs.get("quantization_config")
+    try:
+        return original(cls, name, *args, **kwargs)
+    except ValueError as error:
+        if given is None or "CompressedModelConfig" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"{name!r} is compressed already, and Transformers loads a model with one quantization_config, the "
+            f"checkpoint's own. To go on with {type(given).__name__}, pass compression_config= in its place, which "
+            "takes a recipe of hf_compress or a BitsAndBytesConfig."
+        ) from error
 
 
 def _is_recipe(config: Any) -> bool:
@@ -153,7 +176,8 @@ def _goes_on(name: Any, config: Any, shared: dict[str, Any], recipe: Compression
     if not continues(recipe, layout or []):
         raise ConfigurationError(
             f"{name!r} is compressed already, and a second compression on top of the first is not supported. Load it "
-            "without compression_config, or compress its dense original with the recipe that you want."
+            "without a recipe, or compress its dense original with the stages that you want: "
+            "compression_config=CompressionConfig(stages=[...])."
         )
     return True
 
@@ -360,7 +384,7 @@ def _refuse_on_codes(model: Any, config: Any) -> None:
     if not packed:
         return
     coded_table = any(hasattr(model.get_submodule(path), "num_embeddings") for path in packed)
-    heads = [path for path in packed if hasattr(model.get_submodule(path), "source_path")]
+    heads = [path for path in packed if not hasattr(model.get_submodule(path), "weight")]
 
     def names(field: str, paths: list[str]) -> bool:
         wanted = getattr(config, field, None)

@@ -163,7 +163,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             module, dense = model.get_submodule(path), skeleton.get_submodule(path)
             # Packed tensors have formats of their own: then the model's dtype is the one they were made from.
             own = next((parameter.dtype for parameter in module.parameters()), model.dtype)
-            own = model.dtype if getattr(module, "packs_weight", False) else own
+            own = model.dtype if any(getattr(part, "packs_weight", False) for part in module.modules()) else own
             dense.to(own).to_empty(device=state["weight"].device if "weight" in state else model.device)
             dense.load_state_dict(state)
             restore = getattr(module, "restore_buffers", None)

@@ -13,8 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 from typer.testing import CliRunner
 
 import hf_compress
@@ -246,6 +257,67 @@ def test_eval_with_speed(tiny_model: Path, text_file: Path) -> None:
         assert title in result.stdout
 
 
+def test_eval_with_everything_writes_a_report(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", tiny_model, out, "--method", "codebook", "--learning", "none", "--bits", 2).exit_code == 0
+    passages, pairs, task = tmp_path / "lambada.txt", tmp_path / "pairs.csv", tmp_path / "tasks"
+    passages.write_text("a single man must want a wife\nit is a truth\nin possession of a good fortune\n")
+    pairs.write_text("a man,a single man,4\na wife,good fortune,0.5\nit is a truth,it is a truth,5\n")
+    task.mkdir()
+    (task / "rows.jsonl").write_text('{"question": "a good", "choices": [" fortune", " wife"], "answer": 0}\n')
+    (task / "choices.yaml").write_text(
+        f"task: choices\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {task / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    report = tmp_path / "report.html"
+    result = invoke(
+        *("eval", tiny_model, out, "--text", text_file, "--context", 64, "--max-tokens", 128, "--agreement"),
+        *("--lambada", passages, "--similarity", pairs, "--pooling", "last", "--max-examples", 3, "--memory"),
+        *("--tasks", "choices", "--task-path", task, "--speed", "--prompt-length", 16, "--new-tokens", 2),
+        *("--repeats", 1, "--report", report, "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    dense, coded = json.loads(result.stdout).values()
+    assert dense["agreement"] is None
+    assert coded["agreement"]["kl"] > 0
+    assert [*coded["scores"]] == ["LAMBADA accuracy", "LAMBADA perplexity", "STS Spearman", "choices acc"]
+    assert coded["memory"]["peak"] > coded["memory"]["weights"]
+    assert coded["speed"]["first_token_milliseconds"] > 0
+    assert coded["compression"]["modules"]
+    page = report.read_text(encoding="utf-8")
+    for title in (*coded["scores"], str(tiny_model), str(out), "peak memory", 'class="heat"', 'class="front"'):
+        assert title in page
+
+
+def test_eval_of_encoders_and_image_classifiers(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("a man,a single man,4\na wife,good fortune,0.5\nit is a truth,it is a truth,5\n")
+    encoder = tmp_path / "encoder"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(encoder)
+    tiny_tokenizer.save_pretrained(encoder)
+    result = invoke("eval", encoder, "--similarity", pairs, "--memory", "--prompt-length", 16)
+    assert result.exit_code == 0, result.output
+    assert "STS Spearman" in result.stdout
+    assert "mean pooling" in result.stdout
+    classifier, images = tmp_path / "classifier", tmp_path / "images"
+    vit = ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=2)
+    ViTForImageClassification(vit).save_pretrained(classifier)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(classifier)
+    for name in ("0", "1"):
+        (images / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(images / name / "red.png")
+    result = invoke("eval", classifier, "--images", images, "--memory", "--json")
+    assert result.exit_code == 0, result.output
+    (plain,) = json.loads(result.stdout).values()
+    # One picture, two labels.
+    assert plain["scores"]["image accuracy"]["value"] == 0.5
+    assert plain["memory"]["workload"] == "a forward pass of 1 images of 16×16"
+
+
 def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"body": TEXT, "other": "x"}) + "\n" for _ in range(5)))
@@ -294,6 +366,17 @@ def test_eval_of_a_dataset_reads_every_row(tiny_model: Path, tmp_path: Path) -> 
         (("eval", "MODEL", "--text", "TEXT", "--dataset", "TEXT"), "one of the two"),
         (("eval", "MODEL", "--text", "./none.txt"), "is no file"),
         (("eval", "MODEL", "MODEL", "--text", "TEXT"), "named twice"),
+        (("eval", "MODEL", "--text", "TEXT", "--report", "FULL"), "is a folder"),
+        (("eval", "MODEL", "--text", "TEXT", "--report", "./none/report.html"), "no folder 'none'"),
+        (("eval", "MODEL", "--lambada", "./none.txt"), "'none.txt' is no file"),
+        (("eval", "MODEL", "--similarity", "./none.csv"), "'none.csv' is no file"),
+        (("eval", "MODEL", "--similarity", "TEXT"), "sentence1"),
+        (("eval", "MODEL", "--images", "./none"), "neither a folder of images"),
+        (("eval", "MODEL", "--images", "FULL", "--speed"), "image classifiers"),
+        (("eval", "MODEL", "--lambada", "TEXT", "--agreement"), "--agreement compares"),
+        (("eval", "MODEL", "--lambada", "TEXT", "--task-path", "FULL"), "--tasks NAME"),
+        (("eval", "MODEL", "--tasks", "x", "--task-path", "FULL"), "no task x"),
+        (("eval", "MODEL", "--tasks", "x", "--task-path", "./none"), "no folder of task files"),
         (("eval", "MODEL", "--text", "TEXT"), "128 positions"),
         (("eval", "MODEL", "--text", "TEXT", "--context", "64", "--stride", "65"), "stride"),
         (("demo", "--model", "./nowhere"), "no folder './nowhere'"),

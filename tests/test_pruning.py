@@ -554,10 +554,11 @@ def test_modules_left_alone_are_named() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"values": "int8"}, {"sparsity": 0.5}, {"sparsity": 0.0}])
-def test_the_plan_is_a_ceiling_within_two_percent(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plan_is_within_two_percent_under_a_ceiling(fields: dict[str, Any], tmp_path: Path) -> None:
     config = GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
     dense = GPT2LMHeadModel(config)
     recipe = PruningConfig(**{"sparsity": 0.95, "criterion": "magnitude", "scope": "layer", **fields})
     plan = hf_compress.plan(dense, recipe)
     written = hf_compress.compress(dense, recipe).compression_report.bytes_after
-    assert written <= plan.bytes_on_disk <= 1.02 * written
+    assert written <= plan.bytes_at_most
+    assert plan.bytes_on_disk == pytest.approx(written, rel=0.02)

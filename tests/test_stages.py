@@ -215,13 +215,42 @@ def test_a_pruned_and_coded_model_trains() -> None:
     assert losses[-1] < losses[0]
 
 
+STACKS: dict[str, Callable[[], list[Any]]] = {
+    **{f"decomposition and {name}": lambda make=make: [first(), make()] for name, make in SECOND.items()},
+    "int8 values": lambda: [SECOND["int8"]()],
+    "sharing and codebook": lambda: [LayerSharingConfig(unique_layers=2, lora_rank=2), SECOND["codebook"]()],
+}
+
+
+@pytest.mark.parametrize("stack", sorted(STACKS))
+def test_lora_wins_quality_back_after_every_stack(stack: str, tmp_path: Path) -> None:
+    student = hf_compress.compress(
+        make_model("llama"), CompressionConfig(stages=STACKS[stack](), calibration=calibration())
+    )
+    student.save_pretrained(tmp_path / "base")
+    teacher = make_model("llama")
+    # Random tokens have nothing in common with others: what is learned shows on those that are trained on.
+    source, ids = calibration(num_samples=16, num_held_out=0), token_ids()
+    before = (logits(student, ids) - logits(teacher, ids)).square().mean()
+    options = {"max_steps": 12, "use_cpu": True, "disable_tqdm": True, "learning_rate": 3e-3, "kl_weight": 1.0}
+    result = hf_compress.recover(student, teacher, source, method="lora", lora_rank=4, **options)
+    # The weights of all these are codes, positions or shared: the adapter stays beside them.
+    assert isinstance(result, peft.PeftModel)
+    assert (logits(result, ids) - logits(teacher, ids)).square().mean() < 0.85 * before
+    result.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(result), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
         ([CodebookConfig(bits=3, learning="none"), recipe()], r"stage 2 \(Modular.*codebook_linear"),
         ([CodebookConfig(bits=3, learning="none"), PruningConfig(sparsity=0.5, criterion="magnitude")], "stage 2"),
         ([PruningConfig(sparsity=0.5, criterion="magnitude"), CodebookConfig(bits=3, learning="none")], "stage 2"),
-        ([LayerSharingConfig(unique_layers=2), CodebookConfig(bits=3, learning="none")], "shared_linear"),
+        ([LayerSharingConfig(unique_layers=2), PruningConfig(sparsity=0.5, criterion="magnitude")], "shared_linear"),
+        ([CodebookConfig(bits=3, learning="none"), LayerSharingConfig(unique_layers=2)], "codebook_linear"),
         ([recipe(portable=True), CodebookConfig(bits=3, learning="none")], "portable=True"),
     ],
 )

@@ -30,6 +30,8 @@ def weight_count(module: Any) -> int:
 def dense_rows(dense: nn.Module) -> Float[Tensor, "rows columns"]:
     """The weight of a dense layer as a matrix: a row is an output, a filter or a token."""
     weight: Tensor = dense.weight.detach()  # type: ignore[operator]
+    if isinstance(dense, nn.Linear):
+        return weight.flatten(end_dim=-2)  # one that several layers use has a dimension of size 1 in front
     return weight.T if isinstance(dense, Conv1D) else weight.flatten(start_dim=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .automatic import auto
 from .demo import demo
 from .evaluate import evaluate
 from .plan import plan
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("eval")(evaluate)
 app.command("plan")(plan)
+app.command("auto")(auto)
 app.command("demo")(demo)
 
 

@@ -40,11 +40,17 @@ def plan(
     order: options.Order = None,
     value_output: options.ValueOutput = None,
     modules_to_not_convert: options.Skip = None,
+    num_samples: Annotated[int | None, typer.Option(help="Sequences that will be calibrated on.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Rehearse on two blocks of random weights to tell the time.")
+    ] = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Show what would be compressed and how small MODEL would become. Nothing is loaded or written."""
     check_source(model)
-    recipe, _ = options.chosen_recipe(
+    recipe, data = options.chosen_recipe(
         recipe_file,
         method,
         reduction=options.parse_reduction(reduction),
@@ -74,4 +80,8 @@ def plan(
 
     import hf_compress
 
-    stdout().print(str(hf_compress.plan(model, recipe)), highlight=False, markup=False)
+    numbers = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    calibration = hf_compress.CalibrationConfig("not read", **given) if given else data
+    planned = hf_compress.plan(model, recipe, calibration=calibration, measure_time=time or None)
+    stdout().print(str(planned), highlight=False, markup=False)

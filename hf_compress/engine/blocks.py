@@ -19,7 +19,7 @@ from ..errors import CalibrationError, NumericalError, UnsupportedModelError
 
 Batch = dict[str, Tensor]
 # Rows of logits turned to float32 at once.
-LOGIT_ROWS = 512
+LOGIT_ROWS = 128
 
 
 # Which positions of the batch now in a block are text: (batch · tokens,), or `None` without padding.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy, text_config, weight_count
+from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
 from ..calibration.sources import check_local_data
@@ -28,6 +28,7 @@ from .report import CompressionReport, ModuleReport
 from .resume import ResumePoint, model_checksum
 from .session import Method, Session
 from .walk import walk
+from .weights import count_weights
 
 
 def compress(
@@ -365,23 +366,3 @@ def _require_finite_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
-
-
-def count_weights(anatomy: ModelAnatomy) -> tuple[int, int, int]:
-    """Weights of the blocks' matrices, weights of the model (tied once), and the bytes of what is stored of it."""
-    model: nn.Module = anatomy.model
-    matrices = sum(_weights_left(model.get_submodule(path)) for path in anatomy.linear_paths())
-    # A matrix kept as codes has no parameter and still its weights; tables that are trained are none of the model's.
-    packed = [module for module in model.modules() if getattr(module, "packs_weight", False)]
-    coded = sum(_weights_left(module) for module in packed)
-    tables = {id(p) for module in packed for name, p in module.named_parameters(recurse=False) if name != "bias"}
-    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    stored = {(tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}.values()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-    return matrices, coded + dense, size
-
-
-def _weights_left(module: nn.Module) -> int:
-    """Weights that a module has or its codes stand for; zeros that are not stored do not count."""
-    kept = getattr(module, "kept_weights", None)
-    return weight_count(module) if kept is None else int(kept)

@@ -2,59 +2,150 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..anatomy import resolve_anatomy, weight_count
+from ..anatomy import ModelAnatomy, resolve_anatomy, weight_count
+from ..calibration.configuration import CalibrationConfig
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError, UnsupportedModelError
-from .registry import create_method
+from ..layout import layout_of, replay
+from .memory import Workload, peak_of_stage
+from .registry import create_method, method_class
+from .rehearsal import rehearse
+from .session import OUTSIDE
+from .weights import bytes_of, count_weights, kept_weights
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One matrix of the model.
+
+    Args:
+        block: index of the block; -1 for what lies outside the blocks.
+        path: module path.
+        kind: "mlp", "query_key", "value_output", "other", "embedding" or "head".
+        weights_before, weights_after: weights that are stored.
+        bytes_before, bytes_after: of all tensors of the module.
+    """
+
+    block: int
+    path: str
+    kind: str
+    weights_before: int
+    weights_after: int
+    bytes_before: int
+    bytes_after: int
 
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """Expected sizes. `print` shows a table.
+    """Expected sizes, memory and time. `print` shows a table.
 
     Args:
+        rows: one a matrix.
         block_linear_before, block_linear_after: elements of the blocks' weight matrices.
         parameters_before, parameters_after: of the whole model, tied ones once.
-        bytes_before, bytes_on_disk: of the weight file in the checkpoint's dtype.
-        working_memory: bytes of one block's statistics, the largest part of what compression adds to the model.
+        bytes_before, bytes_on_disk: of the tensors in the checkpoint's dtype.
+        bytes_at_most: `bytes_on_disk` where the recipe alone decides; where data decides on sizes, what is never
+            passed.
+        peak_memory: bytes at the highest point of the run, model included.
+        seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
     """
 
+    rows: tuple[PlannedModule, ...]
     block_linear_before: int
     block_linear_after: int
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_on_disk: int
-    working_memory: int
+    bytes_at_most: int
+    peak_memory: int
+    seconds: float | None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits for every dense weight of the matrices that change, everything counted; `None` if none does."""
+        changed = [row for row in self.rows if row.bytes_after != row.bytes_before]
+        weights = sum(row.weights_before for row in changed)
+        return 8 * sum(row.bytes_after for row in changed) / weights if weights else None
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Bits on disk for every parameter of the dense model."""
+        return 8 * self.bytes_on_disk / self.parameters_before
+
+    def table(self) -> Table:
+        """Weights and bytes by kind of matrix, and the totals."""
+        table = Table()
+        table.add_column("")
+        for title in ("weights", "→", "bytes", "→", "bits a weight"):
+            table.add_column(title, justify="right")
+        kinds = dict.fromkeys(row.kind for row in self.rows)
+        for kind in kinds:
+            rows = [row for row in self.rows if row.kind == kind]
+            sums = [sum(getattr(row, name) for row in rows) for name in _SUMMED]
+            table.add_row(kind, *(f"{value:,}" for value in sums), f"{8 * sums[3] / sums[0]:.3f}")
+        totals = (self.parameters_before, self.parameters_after, self.bytes_before, self.bytes_on_disk)
+        table.add_section()
+        table.add_row("whole model", *(f"{value:,}" for value in totals), f"{self.model_bits_per_weight:.3f}")
+        return table
 
     def __str__(self) -> str:
+        console = Console(width=100, no_color=True)
+        with console.capture() as captured:
+            console.print(self.table())
         rows = [
             ("block matrices", self.block_linear_before, self.block_linear_after),
             ("all parameters", self.parameters_before, self.parameters_after),
             ("bytes on disk", self.bytes_before, self.bytes_on_disk),
         ]
         lines = [f"{name:<16} {a:>16,} → {b:>16,}  ({b / a - 1:+.1%})" for name, a, b in rows]
-        return "\n".join([*lines, f"{'statistics':<16} {self.working_memory:>16,} bytes for one block at a time"])
+        if self.bytes_at_most > self.bytes_on_disk:
+            lines.append(f"{'':<16} the data decide; at most {self.bytes_at_most:,} bytes")
+        lines.append(f"{'peak memory':<16} {self.peak_memory:>16,} bytes, the model included")
+        time = "not measured; ask with measure_time=True" if self.seconds is None else _readable(self.seconds)
+        lines.append(f"{'time':<16} {time:>16}")
+        return captured.get() + "\n".join(lines)
+
+
+_SUMMED = ("weights_before", "weights_after", "bytes_before", "bytes_after")
+
+
+def _readable(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def plan(
     model: PreTrainedModel | str | Path,
     config: CompressionConfig | MethodConfig | dict[str, Any],
+    *,
+    calibration: CalibrationConfig | Any = None,
+    measure_time: bool | None = None,
     **load_arguments: Any,
 ) -> CompressionPlan:
-    """Sizes before and after, without weights, data or a run. Where data decides the split between modules, the total
-    is still known: it is met within half a step of the sizes.
+    """Sizes, memory and time before a run, without the model's weights and without data.
+
+    Sizes are those of the tensors, to the byte, where the recipe alone decides on the layout. Where data decides
+    (which modules give how much, which weights are kept), they are an estimate with a ceiling.
 
     Args:
         model: a model, or an id or path whose `config.json` is read.
         config: the recipe.
+        calibration: as for `compress`; only its numbers of sequences and tokens are used.
+        measure_time: rehearse on two blocks of random weights to tell the time. By default where blocks are so small
+            that this takes seconds.
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
@@ -62,41 +153,85 @@ def plan(
         ConfigurationError: a recipe that the model cannot meet.
     """
     recipe = CompressionConfig.wrap(config)
-    if not isinstance(model, PreTrainedModel):
-        try:
-            read = AutoConfig.from_pretrained(model, **load_arguments)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"no model config could be read from {str(model)!r}: {error}") from error
-        if getattr(read, "quantization_config", None) is not None:
-            raise ConfigurationError(
-                f"{str(model)!r} is quantized or compressed already; plan for the dense original."
-            )
-        model = _skeleton(read).to(read.dtype or torch.float32)
-        width = torch.empty(0, dtype=read.dtype or torch.float32).element_size()
-    else:
-        width = next(model.parameters()).element_size()
-    anatomy = resolve_anatomy(model)
-    before = sum(parameter.numel() for parameter in model.parameters())
-    matrices = sum(weight_count(model.get_submodule(path)) for path in anatomy.linear_paths())
-    removed = memory = saved = 0
+    skeleton, dense = _skeletons(model, load_arguments)
+    anatomy = resolve_anatomy(skeleton)
+    workload = Workload.of(recipe, calibration)
+    before = count_weights(anatomy)
+    slack, memory = 0, before[2]
     for stage in recipe.stages:
-        expected = create_method(stage, anatomy).expect()
-        # What a stage saves a weight it saves on those that the stages before have left.
-        saved += round(expected.saved_bytes * (matrices - removed) / matrices) if removed else expected.saved_bytes
-        removed, memory = removed + expected.removed_weights, max(memory, expected.statistics_bytes)
-    on_disk = (before - removed) * width - saved
-    return CompressionPlan(matrices, matrices - removed, before, before - removed, before * width, on_disk, memory)
+        current = resolve_anatomy(skeleton)
+        method = create_method(stage, current)
+        expectation = method.expect()
+        memory = max(memory, peak_of_stage(current, method, expectation, workload))
+        if expectation.layout:
+            replay(skeleton, expectation.layout)
+        slack += expectation.slack_bytes
+    after = count_weights(resolve_anatomy(skeleton))
+    quick = max(_block_weights(anatomy)) <= min(method_class(stage).quick_weights for stage in recipe.stages)
+    seconds = rehearse(dense, recipe, workload) if measure_time or (measure_time is None and quick) else None
+    rows = tuple(_rows(resolve_anatomy(dense), skeleton))
+    return CompressionPlan(
+        rows, before[0], after[0], before[1], after[1], before[2], after[2], after[2] + slack, memory, seconds
+    )
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: a causal one, or whatever it is, for the error that says so."""
+def _skeletons(
+    model: PreTrainedModel | str | Path, load_arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model twice on the meta device: one to replace modules in, one that stays."""
+    if isinstance(model, PreTrainedModel):
+        if layout_of(model):
+            raise ConfigurationError("the model is compressed already; plan for the dense original.")
+        source: Any = model
+        first, second = (_meta(type(source), source.config, source.dtype) for _ in range(2))
+        return first, second
+    try:
+        read = AutoConfig.from_pretrained(model, **load_arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"no model config could be read from {str(model)!r}: {error}") from error
+    if getattr(read, "quantization_config", None) is not None:
+        raise ConfigurationError(f"{str(model)!r} is quantized or compressed already; plan for the dense original.")
+    return _of_config(read), _of_config(read)
+
+
+def _of_config(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config: a causal one, or whatever it is, for the error that says so."""
     reason = ""
     for auto_class in (AutoModelForCausalLM, AutoModel):
         try:
-            with torch.device("meta"):
-                return auto_class.from_config(config)
+            return _meta(auto_class.from_config, config, config.dtype)
         except ValueError as error:
             reason = reason or str(error)
     raise UnsupportedModelError(
         f"Transformers has no causal language model for model type {config.model_type!r}: {reason}"
     )
+
+
+def _meta(build: Any, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = build(config)
+    skeleton = skeleton.to(dtype or torch.float32)
+    skeleton.tie_weights()
+    return skeleton.eval()
+
+
+def _block_weights(anatomy: ModelAnatomy) -> Iterator[int]:
+    for block in range(len(anatomy)):
+        yield sum(weight_count(anatomy.model.get_submodule(path)) for path, _ in anatomy.block_matrices(block))
+
+
+def _rows(dense: ModelAnatomy, planned: nn.Module) -> Iterator[PlannedModule]:
+    matrices = [(OUTSIDE, path, "embedding") for path in [dense.outside("embedding")] if path is not None]
+    for block in range(len(dense)):
+        matrices += [(block, path, kind) for path, kind in dense.block_matrices(block)]
+    head = dense.outside("head")
+    if head is not None and not dense.head_is_tied():
+        matrices.append((OUTSIDE, head, "head"))
+    for block, path, kind in matrices:
+        old, new = dense.model.get_submodule(path), planned.get_submodule(path)
+        yield PlannedModule(block, path, kind, weight_count(old), kept_weights(new), _own_bytes(old), _own_bytes(new))
+
+
+def _own_bytes(module: nn.Module) -> int:
+    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    return bytes_of(state.values())

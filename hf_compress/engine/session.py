@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..anatomy import ModelAnatomy
 from ..configuration import MethodConfig
 from .blocks import Batch, BlockStream
+from .freed import return_freed_memory
 from .report import ModuleReport
 
 ConfigType = TypeVar("ConfigType", bound=MethodConfig)
@@ -45,9 +46,11 @@ class Session:
     left_alone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
-    def progress(self, items: range, description: str) -> Any:
-        """A progress bar over blocks, on the first process only."""
-        return tqdm(items, desc=description, unit="block", leave=False, disable=None)
+    def progress(self, items: range, description: str) -> Iterator[int]:
+        """A progress bar over blocks, on the first process only. What a block has freed goes back to the system."""
+        for item in tqdm(items, desc=description, unit="block", leave=False, disable=None):
+            yield item
+            return_freed_memory()
 
     def stream(self, batches: list[Batch]) -> BlockStream:
         return BlockStream(self.anatomy, batches)
@@ -58,16 +61,22 @@ class Expectation:
     """What a method will do, known before it sees data.
 
     Args:
-        removed_weights: weights removed from the blocks.
+        layout: entries as `layout_of` will give them. Where data decides on sizes, of the same total.
         largest_gram: side of the largest matrix of statistics; fewer calibration tokens leave it singular.
-        statistics_bytes: of one block at a time.
-        saved_bytes: what the weights that stay take less than in the checkpoint's dtype.
+        statistics_bytes: of one block at a time, with the solver's copies.
+        growth_bytes: what the new modules take in memory beyond the layout's tensors.
+        gradient_tokens: tokens of a pass through the whole model that keeps its activations for gradients.
+        judges: whether the loss of held-out sequences is measured.
+        slack_bytes: how much more the data may make of the layout's tensors; 0 where the recipe alone decides.
     """
 
-    removed_weights: int
-    largest_gram: int
-    statistics_bytes: int
-    saved_bytes: int = 0
+    layout: list[dict[str, Any]] = field(default_factory=list)
+    largest_gram: int = 0
+    statistics_bytes: int = 0
+    growth_bytes: int = 0
+    gradient_tokens: int = 0
+    judges: bool = False
+    slack_bytes: int = 0
 
 
 # In place of a block's index: what lies outside the blocks.
@@ -101,6 +110,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether a block's inputs come from the blocks compressed before it rather than from the dense model.
     sequential: bool = False
+    #: Weights of a block up to which two of them can be compressed in a few seconds, to see how long it takes.
+    quick_weights: ClassVar[int] = 2**23
 
     def __init__(self, config: ConfigType, anatomy: ModelAnatomy) -> None:
         """Check the recipe against the model, before any data is read. Raises `ConfigurationError`."""
@@ -119,7 +130,7 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
 
     @abstractmethod
     def expect(self) -> Expectation:
-        """The sizes that the recipe leads to, without data."""
+        """The layout that the recipe leads to, without data: the model may be on the meta device."""
 
     def survey(self, session: Session) -> None:
         """One cheap pass for what must be known of all blocks before the first is touched; then allocate."""

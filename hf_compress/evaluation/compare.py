@@ -1,53 +1,25 @@
-"""A table of what compression cost and what it brought, dense beside compressed."""
+"""What compression cost and what it brought, dense beside compressed."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Int
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .perplexity import PerplexityResult, as_token_ids, perplexity
-from .size import SizeOnDisk, count_parameters, size_on_disk
-from .speed import SpeedResult, measure_speed
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one model; None stands for what was not."""
-
-    name: str
-    parameters: int
-    size: SizeOnDisk | None = None
-    perplexity: PerplexityResult | None = None
-    speed: SpeedResult | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "name": self.name,
-            "parameters": self.parameters,
-            "size": self.size and self.size.to_dict(),
-            "perplexity": self.perplexity and self.perplexity.to_dict(),
-            "speed": self.speed and self.speed.to_dict(),
-        }
-
-
-_Value = Callable[[Measurement], float | None]
-
-# Title, value, how it is printed; a row that no model has a value for is left out.
-_ROWS: tuple[tuple[str, _Value, str], ...] = (
-    ("parameters", lambda m: m.parameters, ",.0f"),
-    ("bytes on disk (weights)", lambda m: m.size.weights if m.size else None, ",.0f"),
-    ("perplexity", lambda m: m.perplexity.perplexity if m.perplexity else None, ".2f"),
-    ("prompt tokens/s", lambda m: m.speed.prompt_tokens_per_second if m.speed else None, ",.1f"),
-    ("generated tokens/s", lambda m: m.speed.generated_tokens_per_second if m.speed else None, ",.1f"),
-)
+from .agreement import agreement as measure_agreement
+from .measurement import Measurement, Row, Task, notes_of, rows_of
+from .memory import measure_memory
+from .perplexity import as_token_ids, perplexity
+from .size import count_parameters, size_on_disk
+from .speed import measure_speed
 
 
 @dataclass(frozen=True)
@@ -57,42 +29,39 @@ class Comparison:
     measurements: tuple[Measurement, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: measurements by model name, in order."""
-        return {measurement.name: measurement.to_dict() for measurement in self.measurements}
+        """Plain JSON: measurements by model name, in order; None stands for what is not finite, too."""
+        return {measurement.name: _finite(measurement.to_dict()) for measurement in self.measurements}
+
+    @property
+    def rows(self) -> list[Row]:
+        """The figures that at least one model has."""
+        return rows_of(self.measurements)
+
+    @property
+    def notes(self) -> list[str]:
+        """How they were measured."""
+        return notes_of(self.measurements)
 
     def table(self) -> Table:
-        """One column a model, with the ratio to the first model in brackets."""
-        table = Table(caption=self._caption())
+        """One column a model, compared with the first model in brackets."""
+        # As texts: a model's name or a task's is not to be read as rich's markup.
+        table = Table(caption=Text("\n".join(self.notes)) if self.notes else None)
         table.add_column("")
         for measurement in self.measurements:
-            table.add_column(measurement.name, justify="right")
-        for title, value, form in _ROWS:
-            if any(value(measurement) is not None for measurement in self.measurements):
-                table.add_row(title, *(self._cell(title, value, form, own) for own in self.measurements))
+            table.add_column(Text(measurement.name), justify="right")
+        for row in self.rows:
+            cells = (row.cell(own, self.measurements[0]) for own in self.measurements)
+            table.add_row(*(Text(text) for text in (row.title, *cells)))
         return table
 
-    def _cell(self, title: str, value: _Value, form: str, own: Measurement) -> str:
-        first, item = self.measurements[0], value(own)
-        if item is None:
-            return "-"
-        if own is first:
-            return format(item, form)
-        # Rates drift with the machine, so their ratio is the paired one, not that of the two medians.
-        if own.speed and title.endswith("tokens/s"):
-            ratio = own.speed.prompt_ratio if title.startswith("prompt") else own.speed.generated_ratio
-        else:
-            base = value(first)
-            if not base:
-                return format(item, form)
-            ratio = item / base
-        return f"{item:{form}} ({ratio:.2f}x)"
 
-    def _caption(self) -> str | None:
-        results = [measurement.perplexity for measurement in self.measurements if measurement.perplexity]
-        if not results:
-            return None
-        result = results[0]
-        return f"perplexity: {result.num_tokens:,} tokens scored, context {result.context}, stride {result.stride}"
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, and a perplexity may be one."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(
@@ -105,12 +74,46 @@ def measure(
     stride: int | None = None,
     batch_size: int = 1,
     path: str | os.PathLike[str] | None = None,
+    reference: PreTrainedModel | None = None,
+    memory: bool = False,
+    prompt_length: int = 512,
+    new_tokens: int = 64,
+    tasks: Sequence[Task] = (),
 ) -> Measurement:
-    """Parameters, bytes on disk where `path` is given, perplexity where `data` is; see [`perplexity`] for the rest."""
-    result = None
+    """Everything but speed, which is measured of models in turn.
+
+    Args:
+        name: what the model is called in tables.
+        model: in memory.
+        data, processing_class, context, stride, batch_size: what the perplexity is measured on, see [`perplexity`];
+            without `data` there is none.
+        path: where the model is saved, for the bytes on disk.
+        reference: the dense model, for the agreement with it on `data`.
+        memory: also measure the peak memory, see [`measure_memory`] for `prompt_length` and `new_tokens`.
+        tasks: what gives scores: [`Lambada`], [`SentenceSimilarity`], [`ImageClassification`], [`HarnessTasks`] or
+            functions of the model and the `processing_class`.
+
+    Raises:
+        CompressionError: as what measures does.
+    """
+    # First of all: what a model keeps from its first run would be missing from its peak.
+    peak = measure_memory(model, prompt_length=prompt_length, new_tokens=new_tokens) if memory else None
+    result = shared = None
     if data is not None:
-        result = perplexity(model, data, processing_class, context=context, stride=stride, batch_size=batch_size)
-    return Measurement(name, count_parameters(model), None if path is None else size_on_disk(path), result)
+        token_ids = as_token_ids(data, processing_class)
+        result = perplexity(model, token_ids, context=context, stride=stride, batch_size=batch_size)
+        if reference is not None:
+            shared = measure_agreement(reference, model, token_ids, context=context, batch_size=batch_size)
+    return Measurement(
+        name,
+        count_parameters(model),
+        size=None if path is None else size_on_disk(path),
+        perplexity=result,
+        memory=peak,
+        agreement=shared,
+        scores=tuple(score for task in tasks for score in task(model, processing_class)),
+        compression=getattr(model, "compression_report", None),
+    )
 
 
 def compare(
@@ -122,6 +125,9 @@ def compare(
     stride: int | None = None,
     batch_size: int = 1,
     paths: Mapping[str, str | os.PathLike[str]] | None = None,
+    agreement: bool = False,
+    memory: bool = False,
+    tasks: Sequence[Task] = (),
     speed: bool = True,
     prompt_length: int = 512,
     new_tokens: int = 64,
@@ -134,15 +140,32 @@ def compare(
         data, processing_class, context, stride, batch_size: what the perplexity is measured on, see [`perplexity`];
             without `data` there is none.
         paths: where the models are saved, by name; bytes on disk are given for those.
+        agreement: also measure how far the others' predictions on `data` are from the first model's.
+        memory, tasks: see [`measure`].
         speed: also measure the speed, see [`measure_speed`] for `prompt_length`, `new_tokens`, `repeats`.
 
     Raises:
         CompressionError: as [`perplexity`], [`size_on_disk`] and [`measure_speed`] do.
     """
     token_ids = None if data is None else as_token_ids(data, processing_class)
-    settings: dict[str, Any] = {"context": context, "stride": stride, "batch_size": batch_size}
+    first = next(iter(models.values()), None)
     rows = [
-        measure(name, model, token_ids, path=(paths or {}).get(name), **settings) for name, model in models.items()
+        measure(
+            name,
+            model,
+            token_ids,
+            processing_class,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            path=(paths or {}).get(name),
+            reference=first if agreement and model is not first else None,
+            memory=memory,
+            prompt_length=prompt_length,
+            new_tokens=new_tokens,
+            tasks=tasks,
+        )
+        for name, model in models.items()
     ]
     if speed:
         speeds = measure_speed(models, prompt_length=prompt_length, new_tokens=new_tokens, repeats=repeats)

@@ -1,8 +1,9 @@
-"""What perplexity and speed share: running a causal language model that may be offloaded, wrapped or in training."""
+"""What the measurements share: running a model that may be offloaded, wrapped or in training."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError
+
+# fp32 logits and their log-softmax are made for so many elements at a time (128 MB), whatever the vocabulary.
+LOGIT_ELEMENTS = 2**24
 
 
 @contextmanager
@@ -26,11 +30,17 @@ def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the device of the embedding, also when its weights are offloaded."""
+    """Where the inputs go: the device of the embedding, also when its weights are offloaded."""
+    if model.main_input_name != "input_ids":
+        return torch.device(model.device)
     embedding = model.get_input_embeddings()
     # An offloaded embedding's weight is on meta between calls; accelerate's hook knows where it runs.
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return torch.device(place) if place is not None else next(embedding.parameters()).device
+    if place is not None:
+        return torch.device(place)
+    # A table that is kept as codes has buffers alone.
+    held: torch.Tensor = next(itertools.chain(embedding.parameters(), embedding.buffers()))
+    return held.device
 
 
 def accepts_logits_to_keep(model: PreTrainedModel) -> bool:

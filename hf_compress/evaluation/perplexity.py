@@ -15,10 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, NumericalError
-from .forward import accepts_logits_to_keep, check_length, evaluation_mode, input_device, vocabulary_size
-
-# fp32 logits and their log-softmax are made for so many elements at a time (128 MB), whatever the vocabulary.
-_LOGIT_ELEMENTS = 2**24
+from .forward import (
+    LOGIT_ELEMENTS,
+    accepts_logits_to_keep,
+    check_length,
+    evaluation_mode,
+    input_device,
+    vocabulary_size,
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def perplexity(
             f"stride={stride}, batch_size={batch_size}."
         )
     token_ids = as_token_ids(data, processing_class)
-    _check_token_ids(model, token_ids)
+    check_token_ids(model, token_ids)
     check_length(model, min(context, len(token_ids)), "the context of the perplexity")
     total = 0.0
     num_tokens = 0
@@ -149,9 +153,10 @@ def as_token_ids(
     raise ConfigurationError("expected token ids, a text or a list of texts, got a mixture or something else.")
 
 
-def _check_token_ids(model: PreTrainedModel, token_ids: Int[Tensor, "tokens"]) -> None:
+def check_token_ids(model: PreTrainedModel, token_ids: Int[Tensor, "tokens"]) -> None:
+    """Raise `ConfigurationError` for fewer than two tokens, or ids that the model has no embedding for."""
     if len(token_ids) < 2:
-        raise ConfigurationError(f"perplexity needs at least two tokens, got {len(token_ids)}.")
+        raise ConfigurationError(f"the evaluation text needs at least two tokens, got {len(token_ids)}.")
     low, high, size = int(token_ids.min()), int(token_ids.max()), vocabulary_size(model)
     if low < 0 or high >= size:
         raise ConfigurationError(
@@ -182,7 +187,7 @@ def _batch_loss(model: PreTrainedModel, token_ids: Int[Tensor, "tokens"], batch:
 
 
 def _loss(logits: Float[Tensor, "scored vocabulary"], targets: Int[Tensor, "scored"]) -> float:
-    rows = max(1, _LOGIT_ELEMENTS // logits.shape[-1])
+    rows = max(1, LOGIT_ELEMENTS // logits.shape[-1])
     total = 0.0
     for some_logits, some_targets in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
         losses = F.cross_entropy(some_logits.float(), some_targets, reduction="none")

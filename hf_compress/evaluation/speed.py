@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -26,12 +26,21 @@ class SpeedResult:
         generated_tokens_per_second: tokens generated a second after that, one by one, with the cache.
         prompt_ratio: median of this model's rate over the first model's in the same repeat.
         generated_ratio: the same for generated tokens.
+        first_token_milliseconds: from the prompt to the first generated token, which the host then knows.
+        first_token_ratio: this model's time over the first model's.
+        prompt_length, new_tokens, batch_size, repeats: what was timed, and how often.
     """
 
     prompt_tokens_per_second: float
     generated_tokens_per_second: float
     prompt_ratio: float
     generated_ratio: float
+    first_token_milliseconds: float
+    first_token_ratio: float
+    prompt_length: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -78,7 +87,7 @@ def measure_speed(
     prompt = torch.randint(vocabulary, (batch_size, prompt_length), generator=generator)
     prompts = {name: prompt.to(input_device(model)) for name, model in models.items()}
     names = list(models)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    seconds: dict[str, list[_Timing]] = {name: [] for name in names}
     with evaluation_mode(*models.values()), torch.inference_mode():
         for repeat in range(-warmup, repeats):
             for name in names if repeat % 2 == 0 else reversed(names):
@@ -86,19 +95,36 @@ def measure_speed(
                 if repeat >= 0:
                     seconds[name].append(timing)
     first = seconds[names[0]]
+
+    def times_faster(own: list[_Timing], part: int) -> float:
+        return median(base[part] / timing[part] for base, timing in zip(first, own, strict=True))
+
     return {
         name: SpeedResult(
-            prompt_tokens_per_second=batch_size * prompt_length / median(prompt for prompt, _ in timings),
-            generated_tokens_per_second=batch_size * new_tokens / median(decode for _, decode in timings),
-            prompt_ratio=median(base[0] / own[0] for base, own in zip(first, timings, strict=True)),
-            generated_ratio=median(base[1] / own[1] for base, own in zip(first, timings, strict=True)),
+            prompt_tokens_per_second=batch_size * prompt_length / median(timing.prompt for timing in timings),
+            generated_tokens_per_second=batch_size * new_tokens / median(timing.decode for timing in timings),
+            prompt_ratio=times_faster(timings, 0),
+            generated_ratio=times_faster(timings, 2),
+            first_token_milliseconds=1000 * median(timing.first_token for timing in timings),
+            first_token_ratio=1 / times_faster(timings, 1),
+            prompt_length=prompt_length,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            repeats=repeats,
         )
         for name, timings in seconds.items()
     }
 
 
-def _time_once(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt and for decoding `new_tokens` after it."""
+class _Timing(NamedTuple):
+    """Seconds: for reading the prompt, for that and knowing the first token, for decoding the rest."""
+
+    prompt: float
+    first_token: float
+    decode: float
+
+
+def _time_once(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], new_tokens: int) -> _Timing:
     options = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
     _synchronize(model)
     start = time.perf_counter()
@@ -107,11 +133,16 @@ def _time_once(model: PreTrainedModel, prompt: Int[Tensor, "batch tokens"], new_
     read = time.perf_counter()
     if output.get("past_key_values") is None:
         raise UnsupportedModelError(f"{type(model).__name__} returns no cache: its decoding speed cannot be measured.")
+    token = output.logits[:, -1:].argmax(-1)
+    token.cpu()
+    first = time.perf_counter()
     for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1).to(prompt.device)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **options)
+        output = model(
+            input_ids=token.to(prompt.device), past_key_values=output.past_key_values, use_cache=True, **options
+        )
+        token = output.logits[:, -1:].argmax(-1)
     _synchronize(model)
-    return read - start, time.perf_counter() - read
+    return _Timing(read - start, first - start, time.perf_counter() - first)
 
 
 def _synchronize(model: PreTrainedModel) -> None:

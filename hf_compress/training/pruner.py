@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import resolve_anatomy
-from ..engine.compress import attach_result, count_weights, describe_run
+from ..engine.compress import attach_result, describe_run
 from ..engine.report import CompressionReport
+from ..engine.weights import count_weights
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of
 from ..methods.pruning.configuration import PruningConfig

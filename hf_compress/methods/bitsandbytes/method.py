@@ -15,10 +15,8 @@ from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
+from ...layout import ResizedLinear
 from .configuration import BitsAndBytesStage
-
-# Weights that share a scale of 32 bits (of 8 bits, and one of 32 bits more for 256 of them).
-_BITS_OF_SCALES = {False: 32 / 64, True: 8 / 64 + 32 / (64 * 256)}
 
 
 @register_method
@@ -51,17 +49,25 @@ class BitsAndBytes(Method[BitsAndBytesStage, None]):
             raise ConfigurationError("the recipe leaves every matrix of this model alone; there is nothing to do.")
 
     def expect(self) -> Expectation:
-        saved = 0.0
+        config, layout = self.config, []
         for _, path, _ in self.parts:
-            weight: Any = self.anatomy.model.get_submodule(path).weight
-            count, rows = weight.numel(), weight.shape[0]
-            if self.config.load_in_4bit:
-                own = count * (4 + _BITS_OF_SCALES[self.config.bnb_4bit_use_double_quant]) / 8 + 64
-                own += 1024 if self.config.bnb_4bit_use_double_quant else 0
-            else:
-                own = count + 4 * rows
-            saved += count * weight.element_size() - own
-        return Expectation(0, 0, 0, saved_bytes=int(saved))
+            dense = self.anatomy.model.get_submodule(path)
+            assert isinstance(dense, nn.Linear)
+            spec: dict[str, Any] = {"threshold": config.llm_int8_threshold}
+            if config.load_in_4bit:
+                double = config.bnb_4bit_use_double_quant
+                spec = {
+                    "quant_type": config.bnb_4bit_quant_type,
+                    "dtype": str(dense.weight.dtype).removeprefix("torch."),
+                    "double": double,
+                    "offset": 0.0 if double else None,
+                    "compute_dtype": config.bnb_4bit_compute_dtype,
+                }
+            if isinstance(dense, ResizedLinear):
+                spec |= dense.spec()
+            kind = "bnb_linear4bit" if config.load_in_4bit else "bnb_linear8bit"
+            layout.append({"path": path, "type": kind, "spec": spec})
+        return Expectation(layout)
 
     def survey(self, session: Session) -> None:
         session.left_alone.extend(self.left_alone)

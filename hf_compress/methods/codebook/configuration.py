@@ -32,6 +32,7 @@ class CodebookConfig(MethodConfig):
             Query, key and value in one matrix are of kind `"query_key"`. `"auto"` chooses 2, 3 or 4 for every matrix
             of the blocks by the loss that its errors are estimated to cause.
         average_bits (`float`, *optional*): with `bits="auto"`, the bits a weight on average, from 2 to 4.
+        table_bits (`float`, *optional*): bits of embedding and head, where `bits` is no dictionary.
         learning (`str`, defaults to `"joint"`): `"none"` is a weighted k-means and needs no data; `"feedback"` then
             assigns column by column, each rounding error made up for by later columns; `"joint"` also learns
             codebooks, scales and codes together, each at its optimum given the others. For comparison, codebooks and
@@ -56,6 +57,7 @@ class CodebookConfig(MethodConfig):
 
     bits: Bits | dict[CodedKind, Bits] | Literal["auto"]
     average_bits: float | None = Field(default=None, ge=2, le=4)
+    table_bits: Bits | None = None
     learning: Learning = "joint"
     rounds: int = Field(default=4, ge=1)
     block_epochs: int = Field(default=0, ge=0)
@@ -82,10 +84,21 @@ class CodebookConfig(MethodConfig):
                 raise ValueError(f'{bits!r} bits are not supported; choose 1.58, 2, 3 or 4, or "auto"')
         return value
 
+    @field_validator("table_bits")
+    @classmethod
+    def _supported_table_bits(cls, value: Any) -> Any:
+        if value is not None and value not in BITS:
+            raise ValueError(f"{value!r} bits are not supported; choose 1.58, 2, 3 or 4")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> CodebookConfig:
         if (self.bits == "auto") != (self.average_bits is not None):
             raise ValueError('`bits="auto"` and `average_bits` belong together, e.g. bits="auto", average_bits=2.5')
+        if isinstance(self.bits, dict) and self.table_bits is not None:
+            raise ValueError(
+                '`table_bits` has no effect where `bits` is a dictionary; name "embedding" or "head" in it'
+            )
         if self.block_epochs and (self.learning == "none" or self.order == "dense"):
             raise ValueError('`block_epochs` needs data and order="sequential": choose another `learning` or `order`')
         return self
@@ -99,5 +112,5 @@ class CodebookConfig(MethodConfig):
         if isinstance(self.bits, dict):
             return self.bits.get(kind)
         if kind in OUTSIDE:
-            return None
+            return self.table_bits
         return 2 if self.bits == "auto" else self.bits

@@ -12,16 +12,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...anatomy import ModelAnatomy, dense_rows, weight_count
-from ...engine.blocks import BlockStream, run_until
+from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import OUTSIDE, BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
+from ..sharing.method import LayerSharing
+from ..sharing.modules import other_loops
+from ..sharing.stepping import running_blocks
 from . import mathematics
-from .allocation import allocate_bits, estimate_losses
+from .allocation import GRADIENT_TOKENS, allocate_bits, estimate_losses
 from .configuration import TERNARY, CodebookConfig
+from .expected import expected_layout
 from .learning import code_matrices
-from .modules import CodebookConv2d, CodebookEmbedding, CodebookLinear, coded_layer
+from .modules import CodebookConv2d, CodebookEmbedding, CodebookLinear, CodebookSharedLinear, coded_layer
 from .parts import Part, format_of, parts_of_block, parts_outside
 from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block
@@ -37,16 +41,28 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     """k-means start, assignment with error feedback, then codebooks, scales and codes learned together."""
 
     config_class = CodebookConfig
-    continues = ("linear", "attention")
-    leaves = tuple(layer.layout_type for layer in (CodebookLinear, CodebookConv2d, CodebookEmbedding))
+    continues = ("linear", "attention", *LayerSharing.leaves)
+    quick_weights = 2**20
+    leaves = tuple(
+        layer.layout_type for layer in (CodebookLinear, CodebookSharedLinear, CodebookConv2d, CodebookEmbedding)
+    )
 
     def __init__(self, config: CodebookConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
         self.needs_calibration = config.needs_data
+        running = running_blocks(anatomy.model)
+        if self.needs_calibration and running is not None and running.iterations != running.depth:
+            raise ConfigurationError(
+                f"the model runs {running.iterations} iterations in place of {running.depth} loops, and calibration "
+                "goes through all loops. Call set_iterations(model) first, and with your number again after."
+            )
         self.sequential = self.needs_calibration and config.order == "sequential"
         found = [parts_of_block(config, anatomy, block) for block in range(len(anatomy))]
         self.parts = [parts for parts, _ in found]
         self.outside, alone = parts_outside(config, anatomy)
+        # Where several loops share a matrix, its codes are for the inputs of all of them.
+        self.other_loops = other_loops(anatomy.model) if self.needs_calibration else {}
+        self._batches: list[Batch] = []
         # Of the block that was compressed last, for its tuning.
         self._dense: dict[str, Tensor] = {}
         self.left_alone = [*alone, *itertools.chain.from_iterable(reasons for _, reasons in found)]
@@ -54,21 +70,17 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             raise ConfigurationError("the recipe leaves every matrix of this model alone; there is nothing to do.")
 
     def expect(self) -> Expectation:
-        width = saved = 0
-        average = self.config.average_bits
-        for part in itertools.chain(*self.parts, self.outside):
-            dense = self.anatomy.model.get_submodule(part.path)
-            rows, columns = dense_rows(dense).shape
-            layer = coded_layer(dense, None, format_of(self.config, dense, part.bits), device="meta")
-            width = max(width, columns)
-            saved += rows * columns * dense_rows(dense).element_size() - layer.stored_bytes()
-            if average is not None:
-                saved -= round((average - part.bits) * rows * columns / 8)
+        layout, slack = expected_layout(self.config, self.anatomy, [*itertools.chain(*self.parts), *self.outside])
+        modules = [self.anatomy.model.get_submodule(p.path) for p in itertools.chain(*self.parts, self.outside)]
+        width = max(dense_rows(module).shape[1] for module in modules)
         # The Gram, its inverse's factor and the solver's copy.
-        return Expectation(0, width, 3 * 8 * width**2, saved_bytes=saved)
+        statistics = 3 * 8 * width**2 if self.needs_calibration else 0
+        gradients = GRADIENT_TOKENS if self.config.average_bits is not None else 0
+        return Expectation(layout, width, statistics, gradient_tokens=gradients, slack_bytes=slack)
 
     def survey(self, session: Session) -> None:
         session.left_alone.extend(self.left_alone)
+        self._batches = session.batches if self.other_loops else []
         average = self.config.average_bits
         if average is None:
             return
@@ -83,7 +95,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def _choose(self, bits: dict[str, int]) -> None:
         self.parts = [[replace(part, bits=bits[part.path]) for part in parts] for parts in self.parts]
 
-    def decisions(self) -> dict[str, Any]:
+    def decisions(self) -> dict[str, Any] | None:
+        if self.other_loops:
+            return None  # a run that goes on needs the batches of the survey
         return {"bits": {part.path: part.bits for parts in self.parts for part in parts}}
 
     def restore(self, decisions: dict[str, Any]) -> None:
@@ -115,7 +129,17 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         last = None
         if self.anatomy.record.mlp is not None and self.anatomy.mlp_feeds_residual():
             last = self.anatomy.mlp_path(block, "down")
-        return collect_inputs(self.anatomy.model, paths, last if last in paths else None)
+        if not any(path in self.other_loops for path in paths):
+            return collect_inputs(self.anatomy.model, paths, last if last in paths else None)
+        # What the stream has lost at one loop is nothing that the others should make up for.
+        return collect_inputs(self.anatomy.model, paths, None, self._run_all_loops, self.other_loops)
+
+    def _run_all_loops(self) -> None:
+        """The whole model on the calibration data, as far as it is compressed by now."""
+        model = self.anatomy.model.base_model
+        for batch in self._batches:
+            with torch.no_grad(), text_positions(batch):
+                model(**model_inputs(model, batch))
 
     def observe(self, statistics: InputStatistics | None, output: Tensor, dense_output: Tensor) -> None:
         assert statistics is not None

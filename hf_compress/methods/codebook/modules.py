@@ -13,8 +13,9 @@ from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
 from ...layout import ResizedLinear, register_module_type, stood_on, widened
+from ..sharing.modules import SharedLinear
 from .coded import Coded
-from .weight import CodebookFormat, PackedWeight
+from .weight import FORMAT_TENSORS, CodebookFormat, PackedWeight
 
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
 
@@ -31,9 +32,10 @@ def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, d
     layer.resized = isinstance(dense, ResizedLinear)
     if coded is not None:
         layer.fill(coded)
-        if getattr(layer, "bias", None) is not None:
-            with torch.no_grad():
-                layer.bias.copy_(dense.bias)
+        beside = {name: own for name, own in layer.named_parameters() if name not in FORMAT_TENSORS}
+        with torch.no_grad():
+            for name, own in beside.items():
+                own.copy_(dense.get_parameter(name))
     return layer
 
 
@@ -95,12 +97,80 @@ class CodebookLinear(PackedWeight, nn.Linear):
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         return kernel.codebook_linear(input, self.as_matrix(), self.bias)
 
+    def with_weight(
+        self, input: Float[Tensor, "*batch columns"], weight: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "*batch rows"]:
+        """What the layer would give with another weight, for training."""
+        return nn.functional.linear(input, weight, self.bias)
+
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
         return widened({"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}, dense)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, column_group={self.format.column_group}"
+
+
+@register_module_type
+class CodebookSharedLinear(PackedWeight, SharedLinear):
+    """A matrix that several loops use, as codes; corrections, biases and steps of the loops stay as they are."""
+
+    layout_type: ClassVar[str] = "codebook_shared_linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        rank: int,
+        format: CodebookFormat,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.make_tensors(out_features, in_features, format, device)
+        self._make_own(in_features, out_features, bias, None, rank, device, dtype)
+
+    @classmethod
+    def in_place_of(cls, dense: SharedLinear, format: CodebookFormat, device: Any) -> CodebookSharedLinear:
+        if dense.source_path is not None:
+            raise ValueError("uses the matrix of another layer, which is the one to code")
+        sizes, dtype = (dense.in_features, dense.out_features, dense.bias is not None), dense.weight.dtype
+        return cls(*sizes, rank=dense.rank, format=format, device=device, dtype=dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {**self.format.spec(), "rank": self.rank, "bias": self.bias is not None}
+
+    @classmethod
+    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> CodebookSharedLinear:
+        if not isinstance(dense, (nn.Linear, Conv1D)):
+            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear or a Conv1D")
+        rows, columns = dense_rows(dense).shape
+        rank, bias = cls.own_sizes(rows, columns, spec)
+        own = {name: value for name, value in spec.items() if name not in ("rank", "bias")}
+        format, weight = CodebookFormat.from_spec(own, rows, columns), dense.weight
+        return cls(columns, rows, bias, rank=rank, format=format, device=weight.device, dtype=weight.dtype)
+
+    def own_matrix(self) -> Float[Tensor, "rows columns"]:
+        return self.matrix()
+
+    def times_own_matrix(
+        self, input: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None
+    ) -> Float[Tensor, "*batch rows"]:
+        matrix = self.as_matrix()
+        # Loops may be placed on different devices: the codes stay where they are.
+        local = input.to(matrix.packed.device)
+        return kernel.codebook_linear(local, matrix, None if bias is None else bias.to(local.device)).to(input.device)
+
+    def with_weight(
+        self, input: Float[Tensor, "*batch columns"], weight: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "*batch rows"]:
+        """What the layer would give with another weight, for training."""
+        return self.corrected(input, nn.functional.linear(input, weight, self.bias))
+
+    def extra_repr(self) -> str:
+        return f"{SharedLinear.extra_repr(self)}, bits={self.format.bits}"
 
 
 @register_module_type
@@ -130,8 +200,13 @@ class CodebookConv2d(PackedWeight, nn.Conv2d):
     from_spec = classmethod(_from_spec)
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
-        filters = self.matrix(input.dtype).unflatten(1, self.filter_shape)
-        convolved: Tensor = self._conv_forward(input, filters, self.bias)
+        return self.with_weight(input, self.matrix(input.dtype))
+
+    def with_weight(
+        self, input: Float[Tensor, "*batch channels height width"], weight: Float[Tensor, "rows columns"]
+    ) -> Tensor:
+        """What the layer would give with another weight, for training."""
+        convolved: Tensor = self._conv_forward(input, weight.unflatten(1, self.filter_shape), self.bias)
         return convolved
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
@@ -259,7 +334,9 @@ class CodebookTiedLinear(nn.Linear):
         raise CompressionError("a CodebookTiedLinear has no dense weight to initialise.")
 
 
+# The first that a layer is an instance of.
 _LAYERS: dict[type[nn.Module], Any] = {
+    SharedLinear: CodebookSharedLinear,
     nn.Linear: CodebookLinear,
     Conv1D: CodebookLinear,
     nn.Conv2d: CodebookConv2d,

@@ -50,6 +50,8 @@ def parts_of_block(config: CodebookConfig, anatomy: ModelAnatomy, block: int) ->
     parts, left_alone = [], []
     for path, kind in anatomy.block_matrices(block):
         assert kind in CODED_KINDS
+        if getattr(anatomy.model.get_submodule(path), "source_path", None) is not None:
+            continue  # its matrix is another block's, where it is coded
         part = _part(config, anatomy, path, kind)
         if isinstance(part, str):
             left_alone.append(part)
@@ -66,6 +68,13 @@ def parts_outside(config: CodebookConfig, anatomy: ModelAnatomy) -> tuple[list[P
     """
     table, head = anatomy.outside("embedding"), anatomy.outside("head")
     wanted = [kind for kind in OUTSIDE if config.bits_of(kind) is not None]
+    if config.table_bits is not None:
+        # Of what there is: a model without its head has a table alone.
+        wanted = [kind for kind in wanted if (table if kind == "embedding" else head) is not None]
+        if not wanted:
+            raise ConfigurationError(
+                f"`table_bits` is for embedding and head; {type(anatomy.model).__name__} has neither. Leave it out."
+            )
     for kind in wanted:
         if (table if kind == "embedding" else head) is None:
             raise ConfigurationError(

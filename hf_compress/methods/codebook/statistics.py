@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -66,22 +66,45 @@ class InputStatistics:
 
 
 @contextmanager
-def collect_inputs(model: nn.Module, paths: list[str], drift_path: str | None) -> Iterator[InputStatistics]:
-    """Attach hooks to matrices; padding tokens are left out."""
+def collect_inputs(
+    model: nn.Module,
+    paths: list[str],
+    drift_path: str | None,
+    run_elsewhere: Callable[[], None] | None = None,
+    elsewhere: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[InputStatistics]:
+    """Attach hooks to matrices; padding tokens are left out.
+
+    Args:
+        run_elsewhere: runs the model at other places that use the same matrices, before the context is entered.
+        elsewhere: those places by the path of the matrix.
+    """
     statistics = InputStatistics(drift_path)
+    if run_elsewhere is not None and elsewhere:
+        with _observed(model, [(path, other) for path in paths for other in elsewhere.get(path, ())], statistics):
+            run_elsewhere()
+    try:
+        with _observed(model, [(path, path) for path in paths], statistics):
+            yield statistics
+    finally:
+        statistics.finish()
+
+
+@contextmanager
+def _observed(model: nn.Module, places: list[tuple[str, str]], statistics: InputStatistics) -> Iterator[None]:
+    """Count the inputs of the module at the second path for the matrix at the first."""
     handles = []
-    for path in paths:
+    for path, place in places:
 
         def observe(module: nn.Module, inputs: tuple[Tensor, ...], _path: str = path) -> None:
             statistics.observe_input(_path, module, inputs[0].detach() if inputs[0].requires_grad else inputs[0])
 
-        handles.append(model.get_submodule(path).register_forward_pre_hook(observe))
+        handles.append(model.get_submodule(place).register_forward_pre_hook(observe))
     try:
-        yield statistics
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        statistics.finish()
 
 
 def patch_gram(matrix: nn.Conv2d, images: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "n n"]:

@@ -23,7 +23,6 @@ from ...kernels.packing import unpack_codes
 from .coded import Coded, as_stored
 from .configuration import CodebookConfig
 from .mathematics import nearest_codes
-from .modules import CodebookConv2d
 from .weight import FORMAT_TENSORS, PackedWeight
 
 # Adam's rates: of the values behind the codes in units of the scale, of codebooks in the same units, and of scales and
@@ -219,19 +218,12 @@ def _weights(tuned: dict[str, TunedWeight], layers: dict[str, Any]) -> Iterator[
     """Let the layers compute with the weights that are tuned."""
     for path, layer in layers.items():
         weight = tuned[path]()
-        layer.forward = lambda x, _layer=layer, _weight=weight: _product(_layer, x, _weight)
+        layer.forward = lambda x, _layer=layer, _weight=weight: _layer.with_weight(x, _weight)
     try:
         yield
     finally:
         for layer in layers.values():
             del layer.forward
-
-
-def _product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    if isinstance(layer, CodebookConv2d):
-        convolved: Tensor = layer._conv_forward(x, weight.unflatten(1, layer.filter_shape), layer.bias)
-        return convolved
-    return nn.functional.linear(x, weight, layer.bias)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ...errors import ConfigurationError
 from ...layout import ResizedLinear
 from .compress import compress_block
 from .configuration import KINDS, Kind, ModularDecompositionConfig
+from .expected import attention_extras, layout_for_sizes
 from .modules import DecomposedAttention
 from .search import improve
 from .sizes import Geometry, Sizes, allocate, divide_between_kinds, kind_reductions
@@ -77,14 +78,42 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             raise ConfigurationError(f"portable=True: the model's config has no field {field!r} for the MLP width.")
 
     def expect(self) -> Expectation:
-        geometry = self.geometry
-        shares = kind_reductions(geometry, self.config, self._kinds())
-        sizes = allocate(geometry, shares, None, self.config, 1.0)
-        if self.config.portable and self.needs_calibration:
+        geometry, config = self.geometry, self.config
+        if not self.needs_calibration:
+            return Expectation()
+        shares = self._expected_shares()
+        sizes = allocate(geometry, shares, None, config, 1.0)
+        if config.portable:
             sizes = self._one_width(shares["mlp"])
         width = max((m.size for m in geometry.modules if m.kind == "mlp"), default=0)
+        dtype_bytes = next(self.anatomy.model.parameters()).element_size()
+        slack = 0
+        if not (config.portable or (config.allocation == "uniform" and self._shares_are_fixed())):
+            # Both this guess and the run's sizes are within half a step of the total.
+            slack = max((m.multiple * m.cost for m in geometry.modules), default=0) * dtype_bytes
+            slack += attention_extras(self.anatomy, self._kinds())
         # The float64 Gram, its factor and its inverse.
-        return Expectation(geometry.removed(sizes), width, 3 * 8 * width**2)
+        judges = not self._shares_are_fixed() or config.allocation == "search" or config.temperature == "auto"
+        return Expectation(
+            layout_for_sizes(self.anatomy, geometry, sizes),
+            largest_gram=width,
+            statistics_bytes=3 * 8 * width**2,
+            judges=judges,
+            slack_bytes=slack,
+        )
+
+    def _shares_are_fixed(self) -> bool:
+        config = self.config
+        return isinstance(config.reduction, dict) or config.kinds != "auto" or len(self._kinds()) == 1
+
+    def _expected_shares(self) -> dict[Kind, float]:
+        """What the probe will most likely choose: all from the MLPs, where they can give so much."""
+        config, mlp = self.config, self.geometry.weights("mlp")
+        if not self._shares_are_fixed() and isinstance(config.reduction, float) and mlp:
+            share = config.reduction * self.geometry.block_linear / mlp
+            if share <= config.max_module_reduction:
+                return {"mlp": share}
+        return kind_reductions(self.geometry, config, self._kinds())
 
     def survey(self, session: Session) -> None:
         config = self.config
@@ -110,8 +139,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
     def _shares(self, session: Session, influence: torch.Tensor | None, temperature: float) -> dict[Kind, float]:
         """What share of its weights each kind gives: from the recipe, or divided by a probe of every kind alone."""
         config, kinds = self.config, self._kinds()
-        fixed = isinstance(config.reduction, dict) or config.kinds != "auto" or len(kinds) == 1
-        if fixed:
+        if self._shares_are_fixed():
             return kind_reductions(self.geometry, config, kinds)
         assert isinstance(config.reduction, float)
         self._require_held_out(session, 'kinds="auto"', 'name the kinds, e.g. kinds=["mlp"]')

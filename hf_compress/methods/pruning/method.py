@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,16 +20,17 @@ from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
 from .configuration import PruningConfig
-from .format import DTYPES
+from .expected import expected_layout, expected_structure
 from .masks import open_layers, sparse_layer
 from .mathematics import keep_best, keep_best_of_rows, kept_count
 from .modules import SparseLinear
 from .parts import Part, prunable_parts
-from .positions import ESCAPE
 from .scores import pruned_before, score_matrices
 from .selection import select, sparsity_of, warn_if_undecided
 from .structured import Structure, removable_groups
 
+# More tokens than any batch has: gradients are taken of whole ones.
+WHOLE_BATCH = 2**62
 # Sums of squares of the inputs of a block's matrices.
 Energies = dict[str, Float[Tensor, "columns"]]
 
@@ -69,20 +71,24 @@ class Pruning(Method[PruningConfig, Energies | None]):
 
     def expect(self) -> Expectation:
         model, config = self.anatomy.model, self.config
-        weights = {part.path: dense_rows(model.get_submodule(part.path)) for part in self.parts}
-        total = sum(weight.numel() for weight in weights.values())
         if self.structure is not None:
-            return Expectation(round(config.sparsity * total), 0, 0)
-        kept, width = kept_count(total, config.sparsity), next(iter(weights.values())).element_size()
-        name = config.values
-        value_bytes = 2 if name == "auto" else DTYPES[name].itemsize
-        scales = 2 * sum(len(weight) for weight in weights.values()) if name == "int8" else 0
-        # Gaps with an escape for every 255 zeros, or a bit mask; where all are kept there are no positions.
-        positions = min(kept + (total - kept) // ESCAPE, -(-total // 8)) if kept < total else 0
-        stored = kept * value_bytes + positions + scales
-        energies = sum(8 * weight.shape[1] for weight in weights.values()) if config.criterion == "wanda" else 0
-        gradients = 4 * total if config.needs_gradients else 0
-        return Expectation(total - kept, 0, energies + gradients, saved_bytes=kept * width - stored)
+            layout, slack = expected_structure(self.structure, config.sparsity)
+            return Expectation(layout, slack_bytes=slack)
+        weights = [dense_rows(model.get_submodule(part.path)) for part in self.parts]
+        layout, slack = expected_layout(model, [part.path for part in self.parts], config)
+        total, width = sum(weight.numel() for weight in weights), weights[0].element_size()
+        # Scores in float32 and masks of all matrices at once, and gradients and their sums where they are asked for.
+        scores = 0 if config.criterion == "wanda" else 5 * total
+        gradients = (4 + width) * total if config.needs_gradients else 0
+        # The places of the kept weights are unpacked, and blocks that run may keep a dense copy.
+        growth = 4 * kept_count(total, config.sparsity) + (width * total if self.collects else 0)
+        return Expectation(
+            layout,
+            statistics_bytes=scores + gradients,
+            growth_bytes=growth,
+            gradient_tokens=WHOLE_BATCH if config.needs_gradients else 0,
+            slack_bytes=slack,
+        )
 
     def survey(self, session: Session) -> None:
         session.left_alone.extend(self.left_alone)
@@ -177,7 +183,7 @@ def _input_energies(model: nn.Module, paths: list[str]) -> Iterator[Energies]:
     energies: Energies = {}
 
     def add(path: str, states: Tensor) -> None:
-        found = real_tokens(states.detach()).double().square().sum(dim=0)
+        found = real_tokens(states.detach()).float().square().sum(dim=0, dtype=torch.float64)
         energies[path] = energies[path] + found if path in energies else found
 
     handles = [

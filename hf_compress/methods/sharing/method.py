@@ -130,25 +130,23 @@ class LayerSharing(Method[LayerSharingConfig, None]):
 
     def expect(self) -> Expectation:
         if self.config.unique_layers is None:
-            return Expectation(0, 0, 0)
-        removed = 0
+            return Expectation()
+        layout: list[dict[str, Any]] = []
         for block in range(len(self.anatomy)):
-            owner = self.assigned.index(self.assigned[block]) == block
+            owner = self.assigned.index(self.assigned[block])
             for path, _ in self._shared(block):
-                rows, columns = dense_rows(self.anatomy.model.get_submodule(path)).shape
-                removed -= self.config.lora_rank * (rows + columns)
-                removed += 0 if owner else rows * columns
-            if not owner and self.config.share_norms:
-                removed += self._weights_of_norms(block)
-        return Expectation(removed, 0, 0)
-
-    def _weights_of_norms(self, block: int) -> int:
-        shared = {path for path, _ in self._shared(block)}
-        biases = [self.anatomy.model.get_submodule(path).bias for path in shared]
-        norms = [module for _, module in self._norms(block)]
-        return sum(int(bias.numel()) for bias in biases if bias is not None) + sum(
-            parameter.numel() for norm in norms for parameter in norm.parameters()
-        )
+                module: Any = self.anatomy.model.get_submodule(path)
+                spec = {
+                    "source": None if owner == block else self._path_in(owner, path, block),
+                    "rank": min(self.config.lora_rank, *dense_rows(module).shape),
+                    "bias": module.bias is not None and (owner == block or not self.config.share_norms),
+                }
+                layout.append({"path": path, "type": SharedLinear.layout_type, "spec": spec})
+            if self.config.share_norms and owner != block:
+                for path, _ in self._norms(block):
+                    spec = {"source": self._path_in(owner, path, block)}
+                    layout.append({"path": path, "type": SharedModule.layout_type, "spec": spec})
+        return Expectation(layout)
 
     def _norms(self, block: int) -> list[tuple[str, nn.Module]]:
         """Modules of a block with parameters of their own that are no matrices."""

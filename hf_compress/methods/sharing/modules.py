@@ -42,6 +42,23 @@ class SharedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        if source:
+            self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        else:
+            self.weight = nn.Parameter(torch.empty((1, out_features, in_features), device=device, dtype=dtype))
+        self._make_own(in_features, out_features, bias, source, rank, device, dtype)
+
+    def _make_own(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        source: str | None,
+        rank: int,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Everything but the matrix."""
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.source_path = source
         self.step = 1.0
@@ -49,10 +66,6 @@ class SharedLinear(nn.Linear):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        if source:
-            self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
-        else:
-            self.weight = parameter(1, out_features, in_features)
         self.register_parameter("bias", parameter(out_features) if bias else None)
         self.lora_A = parameter(rank, in_features) if rank else None
         self.lora_B = parameter(out_features, rank) if rank else None
@@ -67,15 +80,21 @@ class SharedLinear(nn.Linear):
         if not isinstance(dense, (nn.Linear, Conv1D)):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear or a Conv1D")
         rows, columns = dense_rows(dense).shape
-        source, rank, bias = spec["source"], spec["rank"], spec["bias"]
+        source, rank, bias = spec["source"], *cls.own_sizes(rows, columns, spec)
         if source is not None and not isinstance(source, str):
             raise ValueError(f"`source` must be a module path or null, got {source!r}")
+        weight: Any = dense.weight
+        return cls(columns, rows, bias, source=source, rank=rank, device=weight.device, dtype=weight.dtype)
+
+    @staticmethod
+    def own_sizes(rows: int, columns: int, spec: dict[str, Any]) -> tuple[int, bool]:
+        """Rank and presence of a bias from a spec. Raises `ValueError` for what does not fit a matrix of this size."""
+        rank, bias = spec["rank"], spec["bias"]
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= min(rows, columns):
             raise ValueError(f"`rank` must be from 0 to {min(rows, columns)}, got {rank!r}")
         if not isinstance(bias, bool):
             raise ValueError(f"`bias` must be true or false, got {bias!r}")
-        weight: Any = dense.weight
-        return cls(columns, rows, bias, source=source, rank=rank, device=weight.device, dtype=weight.dtype)
+        return rank, bias
 
     def connect(self, source: nn.Module) -> None:
         """Use the matrix of `source`. Raises `ValueError` if it has none of the same shape."""
@@ -96,19 +115,39 @@ class SharedLinear(nn.Linear):
         own = 0 if self.source_path else self.dense_weights
         return own + self.rank * (self.in_features + self.out_features)
 
-    def shared_weight(self) -> Float[Tensor, "rows columns"]:
-        """W, on this layer's device."""
-        weight: Tensor = self.source.weight[0]
-        if weight.is_meta and not self.weight.is_meta:
+    def own_matrix(self) -> Float[Tensor, "rows columns"]:
+        """The matrix that is kept here."""
+        return self.weight[0]
+
+    def times_own_matrix(
+        self, input: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None
+    ) -> Float[Tensor, "*batch rows"]:
+        """`x Wᵀ + b` with the matrix that is kept here, for a loop that may be on another device."""
+        return nn.functional.linear(input, self.own_matrix().to(input.device), bias)
+
+    def _owner(self) -> SharedLinear:
+        """The layer that keeps the matrix."""
+        owner: SharedLinear = self.source
+        if owner.weight.is_meta and not self.weight.is_meta:
             raise CompressionError(
                 f"the matrix at {self.source_path!r}, which other layers use, is offloaded. Put its block on a device "
                 "in the device_map."
             )
+        return owner
+
+    def shared_weight(self) -> Float[Tensor, "rows columns"]:
+        """W, on this layer's device."""
+        weight = self._owner().own_matrix()
         return weight if self.weight.is_meta else weight.to(self.weight.device)
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         bias = self.bias if self.bias is not None else self._bias_of_source()
-        output = nn.functional.linear(input, self.shared_weight(), bias)
+        return self.corrected(input, self._owner().times_own_matrix(input, bias))
+
+    def corrected(
+        self, input: Float[Tensor, "*batch columns"], output: Float[Tensor, "*batch rows"]
+    ) -> Float[Tensor, "*batch rows"]:
+        """What this loop makes of the shared matrix's output: its correction added, its step taken."""
         if self.lora_A is not None and self.lora_B is not None:
             output = output + nn.functional.linear(nn.functional.linear(input, self.lora_A), self.lora_B)
         return output if self.step == 1.0 else output * self.step
@@ -163,3 +202,13 @@ class SharedModule(nn.Module):
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.source.state_dict().items()}
+
+
+def other_loops(model: nn.Module) -> dict[str, list[str]]:
+    """Of every layer whose matrix others use: the paths of those."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SharedLinear)}
+    using: dict[int, list[str]] = {}
+    for path, layer in layers.items():
+        if layer.source is not layer:
+            using.setdefault(id(layer.source), []).append(path)
+    return {path: using[id(layer)] for path, layer in layers.items() if id(layer) in using}

@@ -1,0 +1,34 @@
+"""Counting weights and bytes, of live models and of skeletons on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..anatomy import ModelAnatomy, weight_count
+
+
+def count_weights(anatomy: ModelAnatomy) -> tuple[int, int, int]:
+    """Weights of the blocks' matrices, weights of the model (tied once), and the bytes of what is stored of it."""
+    model: nn.Module = anatomy.model
+    matrices = sum(kept_weights(model.get_submodule(path)) for path in anatomy.linear_paths())
+    # A matrix kept as codes has no parameter and still its weights; tables that are trained are none of the model's.
+    packed = [module for module in model.modules() if getattr(module, "packs_weight", False)]
+    coded = sum(kept_weights(module) for module in packed)
+    tables = {id(p) for module in packed for name, p in module.named_parameters(recurse=False) if name != "bias"}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return matrices, coded + dense, bytes_of(model.state_dict(keep_vars=True).values())
+
+
+def kept_weights(module: nn.Module) -> int:
+    """Weights that a module has or its codes stand for; zeros that are not stored do not count."""
+    kept = getattr(module, "kept_weights", None)
+    return weight_count(module) if kept is None else int(kept)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, those that are one once, as Transformers writes them."""
+    # On the meta device there is no memory to compare; tied tensors are one object there.
+    different = {id(t) if t.is_meta else (t.data_ptr(), t.shape): t for t in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in different.values())
