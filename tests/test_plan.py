@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,14 @@ def test_more_data_take_more_memory() -> None:
     hidden = make_model("llama").config.hidden_size
     # The residual stream before and after a block.
     assert many - few == 2 * 72 * 2048 * hidden * 4
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    source = CalibrationConfig("text.txt", num_samples=512, sequence_length=2048)
+    plan = hf_compress.plan(make_model("llama"), ModularDecompositionConfig(reduction=0.2, calibration=source))
+    plan.require_memory(plan.peak_memory)
+    smaller = plan.peak_for(dataclasses.replace(plan.workload, batch_size=1, num_samples=128))
+    with pytest.raises(hf_compress.ConfigurationError, match="num_samples=128 and batch_size=1 would take"):
+        plan.require_memory(smaller)
+    with pytest.raises(hf_compress.ConfigurationError, match="no smaller calibration would fit"):
+        plan.require_memory(2**20)

@@ -26,7 +26,8 @@ from hf_compress.cli import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Every Python block is run; one more has to be named here and run below.
-EXAMPLE, MIXTURE, FAMILY, CODES, PRUNING, SHARING, DISTILLATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, SEARCH, MIXTURE, FAMILY, CODES, PRUNING, SHARING, DISTILLATION = BLOCKS
 BASH = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = re.findall(r"^hf-compress .*", BASH, re.MULTILINE)
 INLINE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
@@ -64,6 +65,9 @@ FAMILY
 found["family"] = find_record("my_llama").mlp.up
 CODES
 found["bits"] = model.compression_report.bits_per_weight
+calibration = CalibrationConfig("texts.txt", num_samples=4, sequence_length=32, num_held_out=0)
+SEARCH
+found["best"] = result.best.bytes
 print("FOUND", json.dumps(found))
 """
 
@@ -149,7 +153,11 @@ def test_the_python_examples(workplace: Path) -> None:
     )
     mixture = substituted(MIXTURE, (dataset, '"texts.txt"'))
     rest = substituted(
-        REST, ("\nMIXTURE\n", f"\n{mixture}\n"), ("\nFAMILY\n", f"\n{FAMILY}\n"), ("\nCODES\n", f"\n{CODES}\n")
+        REST,
+        ("\nMIXTURE\n", f"\n{mixture}\n"),
+        ("\nFAMILY\n", f"\n{FAMILY}\n"),
+        ("\nCODES\n", f"\n{CODES}\n"),
+        ("\nSEARCH\n", "\n" + substituted(SEARCH, ("max_minutes=60", "max_trials=3"), ("=0.2", "=9.9"))),
     )
     (workplace / "example.py").write_text(example + rest)
     # A published GGUF file is in test_real_gguf.py.
@@ -168,6 +176,10 @@ def test_the_python_examples(workplace: Path) -> None:
     assert (workplace / "work").is_dir(), "the working directory of the resumable run"
     assert found.pop("family") == "up"
     assert 3 < found.pop("bits") < 5
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    kept = [path for path in (workplace / "best").iterdir() if path.name not in tokenizer]
+    assert found.pop("best") == sum(path.stat().st_size for path in kept)
+    assert (workplace / "pareto.png").is_file()
     assert found.pop("model.dequantize()") == found["dense"]
     assert found.pop("mixture") < found.pop("dense")
     assert set(found) == {"example", *calls} - {"model.dequantize()"}
@@ -199,8 +211,9 @@ def test_the_examples_of_trainings(workplace: Path) -> None:
 
 
 def test_the_commands(workplace: Path) -> None:
-    assert [command.split()[1] for command in COMMANDS] == ["plan", "run", "eval"]
+    assert [command.split()[1] for command in COMMANDS] == ["plan", "run", "eval", "auto"]
     script = "\n".join(re.sub(r"\bMODEL\b", "tiny", re.sub(r"\bOUT\b", "small", command)) for command in COMMANDS)
+    script = substituted(script, ("--max-minutes 60", "--max-trials 3"))
     output = run(["bash", "-euo", "pipefail", "-c", script], workplace)
     assert output.count("block matrices") == 2, "the plan and the report"
     assert {"perplexity", "prompt tokens/s", "generated tokens/s"} <= set(re.findall(r"[a-z]+(?: tokens/s)?", output))
@@ -264,6 +277,7 @@ def test_names_in_the_text() -> None:
     """`channel_score` and the like: fields and functions that there are."""
     named = {code for code in INLINE if re.fullmatch(r"[a-z]+(_[a-z]+)+", code)}
     fields = {field for owner in CONFIGURATIONS for field in owner.model_fields}
+    fields |= set(hf_compress.CompressionPlan.__dataclass_fields__)
     fields |= set(inspect.signature(hf_compress.DistillationConfig).parameters)
     fields |= set(inspect.signature(hf_compress.DistillationTrainer).parameters)
     assert "channel_score" in named

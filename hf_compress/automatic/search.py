@@ -91,6 +91,9 @@ def auto(
     own = {key: value for key, value in load_arguments.items() if key not in ("dtype", "device_map")}
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(name, **own)
+    destination = None if output is None else Path(output)
+    if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
+        raise ConfigurationError(f"`output` {str(destination)!r} exists and is not empty: name a new folder.")
     token_ids = _evaluation_ids(evaluation, processing_class)[:evaluation_tokens]
     _require_apart(calibration, token_ids, processing_class)
     directory = None if working_directory is None else Path(working_directory)
@@ -111,7 +114,6 @@ def auto(
     search.alone()
     search.proposed()
     search.sampled(optuna, directory, seed)
-    destination = None if output is None else Path(output)
     best = search.thoroughly(destination)
     if destination is not None:
         processing_class.save_pretrained(destination)
@@ -319,9 +321,15 @@ class _Search:
                 room -= price(path)
                 chosen.append(path)
         # With bits by data the average is over what is left: the plan has the last word.
-        while chosen and self.laboratory.room(replace(candidate, dense=tuple(sorted(chosen)))) < 0:
+        while chosen and not self._fits(replace(candidate, dense=tuple(sorted(chosen)))):
             chosen = chosen[:-1]
         return replace(candidate, dense=tuple(sorted(chosen)))
+
+    def _fits(self, candidate: Candidate) -> bool:
+        try:
+            return self.laboratory.room(candidate) >= 0
+        except CompressionError:
+            return False  # nothing is left to code
 
     def losses(self, paths: Sequence[str]) -> dict[str, dict[int, float]]:
         """What rounding every matrix alone is estimated to cost, by bits."""

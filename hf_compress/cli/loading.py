@@ -50,6 +50,13 @@ def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | N
     return _load(AutoTokenizer, name, options)
 
 
+def is_compressed(name: str, revision: str | None = None) -> bool:
+    """Whether a model's config says that it is quantized or compressed already."""
+    from transformers import AutoConfig
+
+    return getattr(_load(AutoConfig, name, {"revision": revision}), "quantization_config", None) is not None
+
+
 def check_source(name: str, gguf_file: str | None = None) -> None:
     """Raise `ConfigurationError`, before anything is loaded, for a folder that is not there or holds no model."""
     if os.path.isdir(name):

@@ -115,12 +115,15 @@ def run(
 
     from ..calibration.sources import check_local_data
     from ..evaluation import size_on_disk
-    from .loading import load_model, load_tokenizer
+    from .loading import is_compressed, load_model, load_tokenizer
 
     if calibration is not None:
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
+    if device_map is None and gguf_file is None and dtype == "auto" and not is_compressed(model, revision):
+        planned = hf_compress.plan(model, recipe, calibration=calibration, measure_time=False, revision=revision)
+        planned.require_memory()
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
     compressed = hf_compress.compress(
         dense, recipe, processing_class=tokenizer, calibration=calibration, working_directory=working_directory

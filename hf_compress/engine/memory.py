@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..anatomy import ModelAnatomy, text_config, weight_count
@@ -41,6 +42,16 @@ class Workload:
     def batch_tokens(self) -> int:
         return self.batch_size * self.sequence_length
 
+    def smaller(self) -> Iterator[Workload]:
+        """The same data in smaller batches, then fewer of them."""
+        batch, samples = self.batch_size, self.num_samples
+        while batch > 1:
+            batch = max(batch // 2, 1)
+            yield replace(self, batch_size=batch)
+        while samples > 4:
+            samples //= 2
+            yield replace(self, batch_size=1, num_samples=samples)
+
     @classmethod
     def of(cls, recipe: CompressionConfig, override: Any = None) -> Workload:
         """The numbers of the calibration data that a recipe goes with; the defaults where it has none yet."""
@@ -58,37 +69,43 @@ class Workload:
 
 
 def peak_of_stage(
-    anatomy: ModelAnatomy, method: Method[Any, Any], expectation: Expectation, workload: Workload
-) -> int:
-    """Bytes at the highest point of a stage: the model, the residual stream of all calibration tokens, and one
-    block's work. A sum of what is held at once, with the factors counted in the code that holds it."""
+    anatomy: ModelAnatomy, method: Method[Any, Any], expectation: Expectation
+) -> Callable[[Workload], int]:
+    """Bytes at the highest point of a stage by the amount of data: the model, the residual stream of all calibration
+    tokens, and one block's work. A sum of what is held at once, with the factors counted in the code that holds it."""
     model, config = anatomy.model, text_config(anatomy.model)
     width = int(next(model.parameters()).element_size())
     hidden = int(getattr(config, "hidden_size", 0))
     inner = max(int(getattr(config, "intermediate_size", 0) or 0), hidden)
+    vocabulary = int(getattr(config, "vocab_size", 0))
     block = max(
         sum(weight_count(model.get_submodule(path)) for path, _ in anatomy.block_matrices(index))
         for index in range(len(anatomy))
     )
-    held = count_weights(anatomy)[2] + expectation.growth_bytes + LIBRARIES
+    base = count_weights(anatomy)[2] + expectation.growth_bytes + LIBRARIES
     # A matrix is solved in float32 or more, and a block's new modules stand beside the dense ones.
     solving = block * (4 + width) + expectation.statistics_bytes
-    if not method.needs_calibration:
-        return held + solving
-    held_out = workload.num_held_out * workload.sequence_length
     streams = (3 if method.sequential else 2) if method.collects else 0
-    held += streams * workload.tokens * hidden * width
     # Queries to outputs and two norms in float32; the MLP's three products and its inputs again for their sums.
     a_token = hidden * (6 * width + 8) + inner * 4 * width
-    running = workload.batch_tokens * a_token
-    if expectation.judges:
-        # Every candidate has a stream of its own, and a sequence's logits are one tensor.
-        held += CANDIDATES * min(held_out, JUDGED) * hidden * width
-        logits = int(config.vocab_size) * (workload.sequence_length * width + LOGIT_ROWS * 12)
-        return held + max(solving + running, logits)
-    if expectation.gradient_tokens:
-        tokens = min(expectation.gradient_tokens, workload.batch_tokens)
-        kept = tokens * len(anatomy) * (10 * hidden + 4 * inner) * width
-        logits = tokens * int(getattr(config, "vocab_size", 0)) * (2 * width + 8)
-        return held + max(solving, expectation.statistics_bytes + kept + logits, running)
-    return held + solving + running
+    depth, needs_calibration = len(anatomy), method.needs_calibration
+
+    def peak(workload: Workload) -> int:
+        if not needs_calibration:
+            return base + solving
+        held = base + streams * workload.tokens * hidden * width
+        running = workload.batch_tokens * a_token
+        if expectation.judges:
+            # Every candidate has a stream of its own, and a sequence's logits are one tensor.
+            held_out = workload.num_held_out * workload.sequence_length
+            held += CANDIDATES * min(held_out, JUDGED) * hidden * width
+            logits = vocabulary * (workload.sequence_length * width + LOGIT_ROWS * 12)
+            return held + max(solving + running, logits)
+        if expectation.gradient_tokens:
+            tokens = min(expectation.gradient_tokens, workload.batch_tokens)
+            kept = tokens * depth * (10 * hidden + 4 * inner) * width
+            logits = tokens * vocabulary * (2 * width + 8)
+            return held + max(solving + running, expectation.statistics_bytes + kept + logits)
+        return held + solving + running
+
+    return peak

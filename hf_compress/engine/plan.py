@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -59,6 +60,8 @@ class CompressionPlan:
             passed.
         peak_memory: bytes at the highest point of the run, model included.
         seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
+        workload: how much it is calibrated on.
+        peak_for: the peak memory for another workload.
     """
 
     rows: tuple[PlannedModule, ...]
@@ -71,6 +74,8 @@ class CompressionPlan:
     bytes_at_most: int
     peak_memory: int
     seconds: float | None
+    workload: Workload
+    peak_for: Callable[[Workload], int] = field(repr=False, compare=False)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -83,6 +88,26 @@ class CompressionPlan:
     def model_bits_per_weight(self) -> float:
         """Bits on disk for every parameter of the dense model."""
         return 8 * self.bytes_on_disk / self.parameters_before
+
+    def require_memory(self, available: int | None = None) -> None:
+        """Raise `ConfigurationError` where the run takes more than `available` bytes, by default what this machine has
+        free now; the message says what would fit."""
+        free = psutil.virtual_memory().available if available is None else available
+        if self.peak_memory <= free:
+            return
+        raise ConfigurationError(
+            f"the compression takes {self.peak_memory / 2**30:.2f} GiB at its peak, and {free / 2**30:.2f} GiB are "
+            f"free: {self._what_fits(free)}"
+        )
+
+    def _what_fits(self, free: int) -> str:
+        for workload in self.workload.smaller():
+            if self.peak_for(workload) <= free:
+                return (
+                    f"num_samples={workload.num_samples} and batch_size={workload.batch_size} would take "
+                    f"{self.peak_for(workload) / 2**30:.2f} GiB."
+                )
+        return "no smaller calibration would fit either. Load the model in bfloat16, or take a larger machine."
 
     def table(self) -> Table:
         """Weights and bytes by kind of matrix, and the totals."""
@@ -157,21 +182,35 @@ def plan(
     anatomy = resolve_anatomy(skeleton)
     workload = Workload.of(recipe, calibration)
     before = count_weights(anatomy)
-    slack, memory = 0, before[2]
+    slack, peaks = 0, []
     for stage in recipe.stages:
         current = resolve_anatomy(skeleton)
         method = create_method(stage, current)
         expectation = method.expect()
-        memory = max(memory, peak_of_stage(current, method, expectation, workload))
+        peaks.append(peak_of_stage(current, method, expectation))
         if expectation.layout:
             replay(skeleton, expectation.layout)
         slack += expectation.slack_bytes
     after = count_weights(resolve_anatomy(skeleton))
     quick = max(_block_weights(anatomy)) <= min(method_class(stage).quick_weights for stage in recipe.stages)
     seconds = rehearse(dense, recipe, workload) if measure_time or (measure_time is None and quick) else None
-    rows = tuple(_rows(resolve_anatomy(dense), skeleton))
+
+    def peak_for(workload: Workload) -> int:
+        return max(before[2], *(peak(workload) for peak in peaks))
+
     return CompressionPlan(
-        rows, before[0], after[0], before[1], after[1], before[2], after[2], after[2] + slack, memory, seconds
+        rows=tuple(_rows(resolve_anatomy(dense), skeleton)),
+        block_linear_before=before[0],
+        block_linear_after=after[0],
+        parameters_before=before[1],
+        parameters_after=after[1],
+        bytes_before=before[2],
+        bytes_on_disk=after[2],
+        bytes_at_most=after[2] + slack,
+        peak_memory=peak_for(workload),
+        seconds=seconds,
+        workload=workload,
+        peak_for=peak_for,
     )
 
 
