@@ -181,3 +181,76 @@ def test_losses_add_up() -> None:
     assert model.loss(Candidate(bits=3.0, table_bits=2)) is None
     assert model.loss(Candidate(reduction=0.2, bits=4.0)) == pytest.approx(0.1 * 2**1.6 + 0.05)
     assert describe(stack) == "modular 10%, codebook 3 bits, tables 4 bits"
+
+
+def test_nothing_of_the_user_is_removed(dense: Path, tmp_path: Path) -> None:
+    for name in ("best-1", "best-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("x")
+    search(dense, Budget(bytes="1GB"), output=tmp_path / "best", max_trials=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-1", "best-2"]
+    assert (tmp_path / "best-2" / "thesis.txt").read_text() == "x"
+    with pytest.raises(hf_compress.ConfigurationError, match="not empty"):
+        search(dense, Budget(bytes="1GB"), output=tmp_path / "best")
+    with pytest.raises(hf_compress.ConfigurationError, match="is a file"):
+        search(dense, Budget(bytes="1GB"), output=tmp_path / "best-1" / "thesis.txt" / "out")
+
+
+def test_a_working_directory_belongs_to_its_inputs(dense: Path, tmp_path: Path) -> None:
+    budget = Budget(bytes="1GB")
+    search(dense, budget, working_directory=tmp_path, max_trials=2)
+    other = CalibrationConfig([TEXTS[0]], num_samples=4, sequence_length=64, num_held_out=4, batch_size=4)
+    with pytest.raises(hf_compress.ResumeError, match="another calibration"):
+        hf_compress.auto(
+            dense,
+            budget,
+            calibration=other,
+            evaluation=TEXTS[2],
+            working_directory=tmp_path,
+            max_trials=2,
+            quick_samples=2,
+            evaluation_tokens=512,
+            context=64,
+        )
+    with pytest.raises(hf_compress.ResumeError, match="another loading"):
+        search(dense, budget, working_directory=tmp_path, dtype=torch.float32)
+    (tmp_path / "trials.jsonl").write_text('{"key": 3}\n')
+    with pytest.raises(hf_compress.ResumeError, match="line 1"):
+        search(dense, budget, working_directory=tmp_path)
+    (tmp_path / "search.json").write_text('{"mod')
+    with pytest.raises(hf_compress.ResumeError, match="damaged"):
+        search(dense, budget, working_directory=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(hf_compress.ResumeError, match="there is a file"):
+        search(dense, budget, working_directory=tmp_path / "file")
+
+
+def test_sizes_are_planned_in_the_dtype_of_the_run(dense: Path) -> None:
+    half = folder_bytes(dense)
+    wide = search(dense, Budget(bytes=int(1.6 * half)), dtype="float32", max_trials=4)
+    assert wide.best.bytes <= 1.6 * half < wide.dense.bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"evaluation": "missing.txt"}, hf_compress.CalibrationError, "is no file"),
+        ({"evaluation": Path("missing")}, hf_compress.CalibrationError, "is no file"),
+        ({"evaluation": None}, hf_compress.CalibrationError, "NoneType"),
+        ({"evaluation": CalibrationConfig(torch.zeros(2, 9).long())}, hf_compress.CalibrationError, "token ids"),
+        ({"max_trials": 0}, hf_compress.ConfigurationError, "max_trials"),
+        ({"budget": "many"}, hf_compress.ConfigurationError, "no size such as"),
+        ({"model": "/missing/folder"}, hf_compress.ConfigurationError, "cannot be loaded"),
+        ({"model": torch.nn.Linear(2, 2)}, hf_compress.ConfigurationError, "id or path"),
+    ],
+)
+def test_wrong_arguments(dense: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"model": dense, "budget": 10**6, "calibration": data(), "evaluation": TEXTS[2], **options}
+    with pytest.raises(error, match=message):
+        hf_compress.auto(given.pop("model"), given.pop("budget"), **given)
+
+
+def test_a_real_text_may_be_given_as_it_is(dense: Path) -> None:
+    text = TEXTS[2][:3000].replace("\n", " ")
+    with pytest.raises(hf_compress.CalibrationError, match="evaluation text"):
+        hf_compress.auto(dense, 10**6, calibration=CalibrationConfig([text * 4], sequence_length=48), evaluation=text)

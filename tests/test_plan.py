@@ -11,7 +11,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 from test_stages import calibration
-from transformers import BitsAndBytesConfig
+from transformers import BertConfig, BertModel, BitsAndBytesConfig
 
 import hf_compress
 from hf_compress import (
@@ -46,6 +46,9 @@ EXACT: dict[str, list[Any]] = {
     ],
 }
 ESTIMATED: dict[str, list[Any]] = {
+    "bits by data, table": [CodebookConfig(bits="auto", average_bits=2.25, table_bits=4, learning="none")],
+    "row by row": [PruningConfig(sparsity=0.7, criterion="magnitude", scope="row")],
+    "half of them": [PruningConfig(sparsity=0.4, criterion="wanda")],
     "block influence": [ModularDecompositionConfig(reduction=0.2)],
     "block influence, attention": [ModularDecompositionConfig(reduction={"query_key": 0.4, "value_output": 0.3})],
     "bits by data": [CodebookConfig(bits="auto", average_bits=2.6, learning="feedback")],
@@ -74,6 +77,55 @@ def written(stages: list[Any], family: str, folder: Path) -> tuple[hf_compress.C
         assert plan.parameters_after == model.compression_report.parameters_after
         assert plan.block_linear_after == model.compression_report.block_linear_after
     return plan, size
+
+
+@pytest.mark.parametrize("stages", [ESTIMATED["magnitude"], ESTIMATED["wanda"], EXACT["codebook"]])
+def test_a_model_in_float32(stages: list[Any], tmp_path: Path) -> None:
+    recipe = CompressionConfig(stages=stages, calibration=calibration())
+    plan = hf_compress.plan(make_model("llama"), recipe, measure_time=False)
+    model = hf_compress.compress(make_model("llama"), recipe)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert model.compression_report.bytes_after == size <= plan.bytes_at_most
+    assert plan.bytes_on_disk == pytest.approx(size, rel=0.02)
+
+
+def test_the_class_is_that_of_the_checkpoint_or_of_the_model(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=96
+    )
+    recipe = CodebookConfig(bits=3, learning="none")
+    for model in (BertModel(config), BertModel(config, add_pooling_layer=False)):
+        size = sum(parameter.numel() * 4 for parameter in model.parameters())
+        assert hf_compress.plan(model, recipe).bytes_before == size
+    BertModel(config).save_pretrained(tmp_path)
+    plan = hf_compress.plan(tmp_path, recipe)
+    assert plan.bytes_on_disk == hf_compress.compress(BertModel(config), recipe).compression_report.bytes_after
+    half = hf_compress.plan(tmp_path, recipe, dtype="bfloat16")
+    assert half.bytes_before * 2 == plan.bytes_before
+    with pytest.raises(hf_compress.ConfigurationError, match="unknown dtype"):
+        hf_compress.plan(tmp_path, recipe, dtype="int9")
+    mixed = make_model("llama", torch.bfloat16)
+    mixed.lm_head.float()
+    expected = sum(parameter.numel() * parameter.element_size() for parameter in mixed.parameters())
+    assert hf_compress.plan(mixed, recipe).bytes_before == expected
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [CodebookConfig(bits=3), ModularDecompositionConfig(reduction=0.2)],
+        [PruningConfig(sparsity=0.5, criterion="magnitude"), CodebookConfig(bits=3)],
+        [ModularDecompositionConfig(reduction=0.2), PruningConfig(sparsity=0.3, structured=True)],
+        [PruningConfig(sparsity=0.5, criterion="sensitivity", schedule="cubic", end_step=9)],
+    ],
+)
+def test_what_compress_refuses_the_plan_refuses(stages: list[Any]) -> None:
+    recipe = CompressionConfig(stages=stages, calibration=calibration())
+    for call in (hf_compress.plan, hf_compress.compress):
+        with pytest.raises(hf_compress.ConfigurationError):
+            call(make_model("llama"), recipe)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

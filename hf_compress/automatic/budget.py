@@ -14,6 +14,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def parse_bytes(value: Any) -> Any:
     """`"300MB"` (10⁶) or `"300MiB"` (2²⁰) as bytes; numbers as they are. Raises `ValueError` for anything else."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is no size such as 300MB")
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -40,8 +42,8 @@ class Budget(StrictModel):
 
     bytes: int | None = Field(default=None, gt=0)
     memory: int | None = Field(default=None, gt=0)
-    max_perplexity_increase: float | None = Field(default=None, ge=0)
-    min_tokens_per_second: float | None = Field(default=None, gt=0)
+    max_perplexity_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    min_tokens_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @field_validator("bytes", "memory", mode="before")
     @classmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from ..calibration.configuration import CalibrationConfig
 from ..engine.compress import compress
 from ..engine.freed import return_freed_memory
 from ..engine.plan import CompressionPlan, plan
-from ..errors import NumericalError
+from ..errors import ConfigurationError, NumericalError, ResumeError
 from ..evaluation import measure_speed, perplexity
 from .budget import Budget
 from .result import TrialRecord
@@ -60,20 +59,28 @@ class Laboratory:
     _plans: dict[Any, CompressionPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.records_path is not None and self.records_path.exists():
-            text = self.records_path.read_text(encoding="utf-8")
-            for line in text.splitlines():
-                try:
-                    kept = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that was being written when the run was killed
-                self.records[kept["key"]] = TrialRecord(**kept["record"])
-            if text and not text.endswith("\n"):
-                with self.records_path.open("a", encoding="utf-8") as file:
-                    file.write("\n")
+        """Raises `ResumeError` for records that cannot be read."""
+        if self.records_path is None or not self.records_path.exists():
+            return
+        lines = self.records_path.read_bytes().split(b"\n")
+        # What follows the last line's end was being written when the run was killed.
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                kept = json.loads(line)
+                self.records[kept["key"]] = TrialRecord.from_dict(kept["record"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ResumeError(
+                    f"{self.records_path}, line {number} is no record of a trial ({error!r}): it is damaged, or of "
+                    "another version. Remove the line, or name another working directory."
+                ) from error
+        if lines[-1]:
+            replace_atomically(self.records_path, b"\n".join([*lines[:-1], b""]))
 
     def load(self) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model, **self.loading)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model, **self.loading)
+        except (OSError, ValueError, AttributeError, RuntimeError) as error:
+            raise ConfigurationError(f"{self.model!r} cannot be loaded as a causal language model: {error}") from error
         return model.eval()
 
     def dense(self) -> TrialRecord:
@@ -82,6 +89,10 @@ class Laboratory:
             model = self.load()
             with tempfile.TemporaryDirectory() as folder:
                 record = self._measured(model, None, "dense", "", 0, 0.0, Path(folder))
+            if not math.isfinite(record.perplexity):
+                raise NumericalError(
+                    f"the dense model {self.model!r} has no finite perplexity on the evaluation text."
+                )
             self._keep("dense", replace(record, number=-1, feasible=True))
         return self.records["dense"]
 
@@ -91,12 +102,13 @@ class Laboratory:
         assert recipe is not None
         if candidate.key() not in self._plans:
             self._plans[candidate.key()] = plan(
-                self.model, recipe, calibration=self.calibration, measure_time=False, **self._without_dtype()
+                self.model,
+                recipe,
+                calibration=self.calibration,
+                measure_time=False,
+                **{name: value for name, value in self.loading.items() if name != "device_map"},
             )
         return self._plans[candidate.key()]
-
-    def _without_dtype(self) -> dict[str, Any]:
-        return {name: value for name, value in self.loading.items() if name not in ("dtype", "device_map")}
 
     def room(self, candidate: Candidate) -> float:
         """Bytes that a candidate leaves of the budget, negative if it is over; infinite without a limit."""
@@ -131,7 +143,9 @@ class Laboratory:
             record = self._measured(model, recipe.to_dict(), describe(candidate), learning, samples, seconds, folder)
         del model
         return_freed_memory()
-        record = replace(record, candidate=candidate.to_dict(), path=None if output is None else str(output))
+        record = replace(record, candidate=candidate.to_dict())
+        if known is not None:
+            record = replace(record, number=known.number)
         self._keep(key, record)
         return record
 
@@ -207,24 +221,24 @@ class Laboratory:
 
 @contextmanager
 def _folder(output: Path | None) -> Iterator[Path]:
-    """A temporary folder, or one that takes the name of `output` when all is well."""
-    if output is None:
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
+    """A temporary folder, or `output`."""
+    if output is not None:
+        yield output
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    try:
-        yield part
-        if output.exists():
-            shutil.rmtree(output)
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half written."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def overlap(first: Int[Tensor, "tokens"], second: Int[Tensor, "tokens"], length: int = 64) -> bool:
-    """Whether a stretch of tokens stands in both."""
+    """Whether a stretch of tokens, of 64 or of all there are, stands in both."""
+    length = min(length, len(first), len(second))
 
     def stretches(ids: Tensor, step: int) -> set[bytes]:
         windows = ids.to(torch.int64).unfold(0, length, step) if len(ids) >= length else ids[:0].reshape(0, length)

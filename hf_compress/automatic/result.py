@@ -55,8 +55,13 @@ class TrialRecord:
         return None if self.recipe is None else CompressionConfig(**self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
+        """Plain JSON; a perplexity that is not finite is `None`."""
+        return {**asdict(self), "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrialRecord:
+        """Of what `to_dict` gave. Raises `TypeError` or `KeyError` for anything else."""
+        return cls(**{**data, "perplexity": math.inf if data["perplexity"] is None else data["perplexity"]})
 
 
 @dataclass(frozen=True)

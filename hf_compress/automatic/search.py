@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import math
 import os
-import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 from ..anatomy import resolve_anatomy
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import load_calibration_data
-from ..calibration.sources import read_texts
 from ..engine.session import Session
-from ..errors import CalibrationError, CompressionError, ConfigurationError, ResumeError
-from ..evaluation.perplexity import as_token_ids
+from ..errors import CompressionError, ConfigurationError
 from ..methods.codebook import CodebookConfig
 from ..methods.codebook.allocation import CHOICES, estimate_losses
 from .additive import AdditiveModel
 from .budget import Budget
-from .laboratory import Laboratory, overlap
+from .inputs import (
+    calibration_data,
+    check_directory,
+    check_output,
+    digest,
+    evaluation_ids,
+    sources_of,
+    weights_digest,
+)
+from .laboratory import Laboratory
 from .result import AutoResult, TrialRecord
-from .space import AVERAGE_BITS, REDUCTIONS, SPARSITIES, TABLE_BITS, Candidate, coders, describe
+from .space import AVERAGE_BITS, REDUCTIONS, SPARSITIES, TABLE_BITS, Candidate, all_candidates, coders, describe
 
 # Recipes that the additive model proposes, and best ones that are run again thoroughly.
 PROPOSED, FINALISTS = 6, 2
@@ -80,25 +83,45 @@ def auto(
 
     Raises:
         ConfigurationError: optuna is not installed, a bad argument, or no recipe that keeps the budget was found.
+        NumericalError: the dense model's perplexity is not finite.
         CalibrationError: data that is missing or too short, or an evaluation text with calibration text in it.
         ResumeError: a working directory of another search.
     """
     optuna = _optuna()
-    budget = budget if isinstance(budget, Budget) else Budget(**budget)
+    budget = _budget(budget)
+    for field_name, value in (
+        ("max_trials", max_trials),
+        ("max_minutes", max_minutes),
+        ("quick_samples", quick_samples),
+    ):
+        if value <= 0:
+            raise ConfigurationError(f"`{field_name}` must be above 0, got {value}.")
     calibration = calibration if isinstance(calibration, CalibrationConfig) else CalibrationConfig(calibration)
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"auto() loads the model once for every recipe: give its id or path, not a {type(model).__name__}."
+        )
     name = os.fspath(model)
-    loading = {"dtype": "auto", **load_arguments}
     own = {key: value for key, value in load_arguments.items() if key not in ("dtype", "device_map")}
-    if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(name, **own)
+    config, processing_class = sources_of(name, own, processing_class)
     destination = None if output is None else Path(output)
-    if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise ConfigurationError(f"`output` {str(destination)!r} exists and is not empty: name a new folder.")
-    token_ids = _evaluation_ids(evaluation, processing_class)[:evaluation_tokens]
-    _require_apart(calibration, token_ids, processing_class)
+    if destination is not None:
+        check_output(destination)
+    token_ids = evaluation_ids(evaluation, processing_class)[: max(evaluation_tokens, 256)]
+    data = calibration_data(calibration, token_ids, processing_class)
     directory = None if working_directory is None else Path(working_directory)
     if directory is not None:
-        _check_directory(directory, _fingerprint(name, own, budget, calibration, token_ids, context, quick_samples))
+        check_directory(
+            directory,
+            {
+                "model": digest([config.to_dict(), weights_digest(name)]),
+                "loading": digest(load_arguments),
+                "budget": digest(budget.to_dict()),
+                "calibration": data.fingerprint,
+                "evaluation": digest([token_ids.tolist(), context]),
+                "quick_samples": str(quick_samples),
+            },
+        )
     laboratory = Laboratory(
         model=name,
         processing_class=processing_class,
@@ -107,20 +130,26 @@ def auto(
         token_ids=token_ids,
         context=context,
         budget=budget,
-        loading=loading,
+        loading={"dtype": "auto", **load_arguments},
         records_path=None if directory is None else directory / "trials.jsonl",
     )
     search = _Search(laboratory, max_trials, time.monotonic() + 60 * max_minutes)
     search.alone()
     search.proposed()
-    search.sampled(optuna, directory, seed)
-    best = search.thoroughly(destination)
-    if destination is not None:
-        processing_class.save_pretrained(destination)
+    search.sampled(optuna, seed)
+    best = search.thoroughly(destination, processing_class)
     result = AutoResult(best, laboratory.dense(), tuple(search.records()), tuple(search.refused))
     if directory is not None:
         result.save(directory / "result.json")
     return result
+
+
+def _budget(given: Any) -> Budget:
+    if isinstance(given, Budget):
+        return given
+    if isinstance(given, dict):
+        return Budget(**given)
+    return Budget(bytes=given)
 
 
 @dataclass
@@ -168,7 +197,7 @@ class _Search:
         measured = [(candidate, record.perplexity) for candidate, record in self.quick.values()]
         model = AdditiveModel.of(measured, self.laboratory.dense().perplexity)
         ranked = []
-        for candidate in _all_candidates():
+        for candidate in all_candidates():
             loss = model.loss(candidate)
             if loss is not None and candidate.key() not in self.quick:
                 ranked.append((loss, candidate))
@@ -181,38 +210,21 @@ class _Search:
                 continue
             count += self.measure(self.filled(candidate)) is not None
 
-    def sampled(self, optuna: Any, directory: Path | None, seed: int) -> None:
+    def sampled(self, optuna: Any, seed: int) -> None:
         """Optuna's sampler, told of all that was measured."""
-        backend = None
-        if directory is not None:
-            journal = optuna.storages.journal
-            backend = optuna.storages.JournalStorage(journal.JournalFileBackend(str(directory / "study.journal")))
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=1)
-        study = optuna.create_study(
-            study_name="hf_compress", storage=backend, sampler=sampler, direction="minimize", load_if_exists=True
-        )
-        states = optuna.trial.TrialState
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state == states.RUNNING:  # of a search that was killed
-                study.tell(trial.number, state=states.FAIL)
-        told = {trial.user_attrs.get("key") for trial in study.get_trials(deepcopy=False)}
+        study = optuna.create_study(sampler=sampler, direction="minimize")
         distributions = _distributions(optuna.distributions)
         for candidate, record in self.quick.values():
-            plain = replace(candidate, dense=())
-            if repr(plain.key()) not in told:
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params=_parameters(plain),
-                        distributions=distributions,
-                        value=self.laboratory.score(record),
-                        user_attrs={"key": repr(plain.key())},
-                    )
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=_parameters(candidate), distributions=distributions, value=self.laboratory.score(record)
                 )
+            )
         repeated = 0
         while len(self.quick) < self.max_trials and self.in_time() and repeated < 20:
             trial = study.ask(distributions)
             candidate = Candidate(**{name: _plain(value) for name, value in trial.params.items()})
-            trial.set_user_attr("key", repr(candidate.key()))
             before = len(self.quick)
             score = 1e4
             if candidate.coder != "none" or candidate.reduction:
@@ -225,8 +237,8 @@ class _Search:
             study.tell(trial, score)
             repeated = 0 if len(self.quick) > before else repeated + 1
 
-    def thoroughly(self, output: Path | None) -> TrialRecord:
-        """The best quick recipes again, with all calibration data and joint learning; the winner.
+    def thoroughly(self, output: Path | None, processing_class: Any) -> TrialRecord:
+        """The best quick recipes again, with all calibration data and joint learning; the winner, written.
 
         Raises:
             ConfigurationError: none keeps the budget.
@@ -235,32 +247,50 @@ class _Search:
         feasible = [(c, r) for c, r in self.quick.values() if r.feasible]
         feasible.sort(key=lambda pair: laboratory.score(pair[1]))
         if not feasible:
-            nearest = min(self.quick.values(), key=lambda pair: laboratory.violation(pair[1]), default=None)
-            found = (
-                ""
-                if nearest is None
-                else (
-                    f" The nearest is {nearest[1].description}: {nearest[1].bytes:,} bytes, perplexity "
-                    f"{nearest[1].perplexity:.2f} (dense {laboratory.dense().perplexity:.2f})."
+            raise ConfigurationError(self._nothing_found())
+        scratch: Any = nullcontext(None)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
+        finals: list[tuple[Candidate, TrialRecord, Path | None]] = []
+        with scratch as place:
+            for candidate, record in feasible:
+                # More than the planned ones only where those no longer keep the budget.
+                if len(finals) >= FINALISTS and any(record.feasible for _, record, _ in finals):
+                    break
+                if any(record.feasible for _, record, _ in finals) and time.monotonic() > self.deadline:
+                    break
+                self.bar.set_postfix_str(f"thoroughly: {record.description}")
+                folder = None if place is None else Path(place) / str(len(finals))
+                finals.append((candidate, laboratory.run(candidate, thorough=True, output=folder), folder))
+            self.bar.close()
+            _, best, folder = min(finals, key=lambda final: laboratory.score(final[1]))
+            if not best.feasible:
+                raise ConfigurationError(
+                    f"run with all calibration data no recipe keeps the budget any longer. The nearest is "
+                    f"{best.description}: {best.bytes:,} bytes, perplexity {best.perplexity:.2f}. Widen the budget a "
+                    "little."
                 )
+            if output is None or folder is None:
+                return best
+            processing_class.save_pretrained(folder)
+            if output.exists():
+                output.rmdir()  # it was empty when the search began, and still has to be
+            folder.rename(output)
+        return replace(best, path=str(output))
+
+    def _nothing_found(self) -> str:
+        laboratory = self.laboratory
+        message = f"no recipe that was tried keeps the budget {laboratory.budget!r}."
+        nearest = min((record for _, record in self.quick.values()), key=laboratory.violation, default=None)
+        if nearest is not None:
+            message += (
+                f" The nearest is {nearest.description}: {nearest.bytes:,} bytes, perplexity {nearest.perplexity:.2f} "
+                f"(dense {laboratory.dense().perplexity:.2f})."
             )
-            raise ConfigurationError(f"no recipe that was tried keeps the budget {laboratory.budget!r}.{found}")
-        finals: list[tuple[Candidate, TrialRecord]] = []
-        for position, (candidate, _) in enumerate(feasible[:FINALISTS]):
-            if position and time.monotonic() > self.deadline:
-                break
-            self.bar.set_postfix_str(f"thoroughly: {feasible[position][1].description}")
-            place = None if output is None else output.with_name(f"{output.name}-{position + 1}")
-            finals.append((candidate, laboratory.run(candidate, thorough=True, output=place)))
-        finals.sort(key=lambda pair: laboratory.score(pair[1]))
-        best = finals[0][1]
-        if not best.feasible:
-            raise ConfigurationError(
-                f"run with all calibration data the best recipe no longer keeps the budget: {best.description}, "
-                f"{best.bytes:,} bytes, perplexity {best.perplexity:.2f}. Widen the budget a little."
-            )
-        self.bar.close()
-        return _moved(best, finals, output)
+        if self.refused:
+            message += f" {len(self.refused)} were not run, among them {'; '.join(self.refused[:3])}."
+        return message
 
     def room(self, candidate: Candidate) -> float:
         """Bytes that a candidate leaves of the budget; negative for one that is refused, and then it is noted."""
@@ -289,6 +319,9 @@ class _Search:
                 record = self.laboratory.run(candidate, thorough=False)
         except CompressionError as error:
             self.refuse(candidate, str(error))
+            return None
+        except (RuntimeError, MemoryError) as error:  # too large for this machine: others may not be
+            self.refuse(candidate, f"{type(error).__name__}: {error}")
             return None
         self.slowest = max(self.slowest, time.monotonic() - began)
         self.quick[candidate.key()] = (candidate, record)
@@ -342,20 +375,6 @@ class _Search:
         return self._losses
 
 
-def _moved(best: TrialRecord, finals: list[tuple[Candidate, TrialRecord]], output: Path | None) -> TrialRecord:
-    """The winner's folder under the name that was asked for, the others removed."""
-    if output is None:
-        return best
-    for _, record in finals:
-        if record is not best and record.path is not None:
-            shutil.rmtree(record.path, ignore_errors=True)
-    assert best.path is not None
-    if output.exists():
-        shutil.rmtree(output)
-    Path(best.path).rename(output)
-    return replace(best, path=str(output))
-
-
 def _optuna() -> Any:
     try:
         import optuna
@@ -363,17 +382,6 @@ def _optuna() -> Any:
         raise ConfigurationError("auto() needs optuna: pip install 'hf_compress[auto]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _all_candidates() -> Iterator[Candidate]:
-    for reduction, table, bits in itertools.product(REDUCTIONS, TABLE_BITS, AVERAGE_BITS):
-        yield Candidate(reduction=reduction, bits=bits, table_bits=table)
-    for reduction in REDUCTIONS:
-        yield from (Candidate(reduction, "wanda", sparsity=sparsity) for sparsity in SPARSITIES)
-        if "nf4" in coders():
-            yield Candidate(reduction, "nf4")
-        if reduction:
-            yield Candidate(reduction, "none")
 
 
 def _distributions(kinds: Any) -> dict[str, Any]:
@@ -392,60 +400,3 @@ def _parameters(candidate: Candidate) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
-
-
-def _evaluation_ids(evaluation: Any, tokenizer: Any) -> torch.Tensor:
-    """Token ids of the evaluation text. Raises `CalibrationError` where there are too few."""
-    if isinstance(evaluation, (str, os.PathLike)) and len(str(evaluation)) < 4096 and Path(evaluation).is_file():
-        evaluation = Path(evaluation).read_text(encoding="utf-8", errors="replace")
-    if isinstance(evaluation, CalibrationConfig):
-        evaluation = "".join(read_texts(evaluation, tokenizer, piece_characters=2**62, seed=0))
-    ids = torch.as_tensor(as_token_ids(evaluation, tokenizer)).flatten()
-    if len(ids) < 256:
-        raise CalibrationError(f"the evaluation text has {len(ids)} tokens; a perplexity needs 256 or more.")
-    return ids
-
-
-def _require_apart(calibration: CalibrationConfig, token_ids: torch.Tensor, tokenizer: Any) -> None:
-    data = load_calibration_data(calibration, tokenizer)
-    for batch in [*data.batches, *data.held_out]:
-        if "input_ids" not in batch:
-            raise CalibrationError("auto() measures perplexity: the calibration data must be texts or token ids.")
-        if any(overlap(row, token_ids) for row in batch["input_ids"]):
-            raise CalibrationError(
-                "a stretch of the calibration text stands in the evaluation text as well. Recipes would be judged on "
-                "what they were fitted to: give another evaluation text."
-            )
-
-
-def _fingerprint(name: str, own: dict[str, Any], *parts: Any) -> dict[str, str]:
-    """What a working directory belongs to, part by part."""
-    budget, calibration, token_ids, context, quick_samples = parts
-    config = AutoConfig.from_pretrained(name, **own).to_dict()
-
-    def digest(value: Any) -> str:
-        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    return {
-        "model": digest([Path(name).name, config]),
-        "budget": digest(budget.to_dict()),
-        "calibration": digest(repr(calibration)),
-        "evaluation": digest([token_ids.tolist(), context]),
-        "quick_samples": str(quick_samples),
-    }
-
-
-def _check_directory(directory: Path, fingerprint: dict[str, str]) -> None:
-    """Make it, or go on with it. Raises `ResumeError` for that of another search."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "search.json"
-    if not file.exists():
-        file.write_text(json.dumps(fingerprint) + "\n", encoding="utf-8")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    different = sorted(name for name in fingerprint if before.get(name) != fingerprint[name])
-    if different:
-        raise ResumeError(
-            f"the working directory {str(directory)!r} belongs to a search with another {', '.join(different)}. "
-            "Name another folder, or remove this one."
-        )

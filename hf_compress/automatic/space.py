@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -105,3 +107,15 @@ def describe(candidate: Candidate) -> str:
     if candidate.dense:
         words.append(f"{len(candidate.dense)} matrices dense")
     return ", ".join(words) or "dense"
+
+
+def all_candidates() -> Iterator[Candidate]:
+    """Every stack on the grid."""
+    for reduction, table, bits in itertools.product(REDUCTIONS, TABLE_BITS, AVERAGE_BITS):
+        yield Candidate(reduction=reduction, bits=bits, table_bits=table)
+    for reduction in REDUCTIONS:
+        yield from (Candidate(reduction, "wanda", sparsity=sparsity) for sparsity in SPARSITIES)
+        if "nf4" in coders():
+            yield Candidate(reduction, "nf4")
+        if reduction:
+            yield Candidate(reduction, "none")

@@ -12,6 +12,8 @@ from . import recipe as options
 from .console import command, say, stdout
 from .run import check_output
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 @command
 def auto(
@@ -41,7 +43,7 @@ def auto(
     working_directory: Annotated[
         Path | None, typer.Option(help="Keeps what was measured, so that a killed search goes on.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
@@ -63,14 +65,22 @@ def auto(
     import hf_compress
 
     from ..calibration.sources import check_local_data
-    from .loading import check_source
+    from ..engine.freed import keep_heap_small
+    from .loading import DTYPES, check_source, load_tokenizer
 
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.")
+    if figure is not None and (figure.suffix not in FIGURES or not figure.absolute().parent.is_dir()):
+        raise ConfigurationError(
+            f"--figure {str(figure)!r} cannot be written: name one of {', '.join(FIGURES)} in a folder that exists."
+        )
     budget = hf_compress.Budget(
         bytes=max_bytes,
         memory=max_memory,
         max_perplexity_increase=max_perplexity_increase,
         min_tokens_per_second=min_tokens_per_second,
     )
+    keep_heap_small()
     check_source(model)
     check_local_data(calibration)
     loading = {"dtype": dtype, "device_map": device_map, "revision": revision}
@@ -79,6 +89,7 @@ def auto(
         budget,
         calibration=calibration,
         evaluation=evaluation,
+        processing_class=load_tokenizer(model, revision=revision),
         output=out,
         working_directory=working_directory,
         max_minutes=max_minutes,

@@ -114,9 +114,11 @@ def run(
     import hf_compress
 
     from ..calibration.sources import check_local_data
+    from ..engine.freed import keep_heap_small
     from ..evaluation import size_on_disk
     from .loading import is_compressed, load_model, load_tokenizer
 
+    keep_heap_small()
     if calibration is not None:
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.

@@ -23,6 +23,7 @@ from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
 from .distributed import Outcome, on_one_process
+from .order import check_order, continues
 from .registry import create_method, method_class
 from .report import CompressionReport, ModuleReport
 from .resume import ResumePoint, model_checksum
@@ -94,31 +95,6 @@ def compress(
             method.finish()
     attach_result(model, {"stages": [*earlier, *recipe.to_dict()["stages"]]}, report, provenance)
     return model
-
-
-def continues(recipe: CompressionConfig, layout: list[dict[str, Any]]) -> bool:
-    """Whether a recipe is for a model that is compressed already, by what its first method has made before."""
-    types = {entry.get("type") for entry in layout}
-    return bool(types) and types <= set(method_class(recipe.stages[0]).continues)
-
-
-def check_order(recipe: CompressionConfig) -> None:
-    """Raises `ConfigurationError` for a stage that cannot work on what the stages before it leave."""
-    left: set[str] = set()
-    for position, stage in enumerate(recipe.stages):
-        method = method_class(stage)
-        strange = left - set(method.continues)
-        if strange:
-            raise ConfigurationError(
-                f"stage {position + 1} ({type(stage).__name__}) cannot work on what the stages before it leave: "
-                f"{', '.join(sorted(strange))}. Layers are decomposed or shared first, then coded or pruned."
-            )
-        left |= set(method.leaves)
-        if getattr(stage, "portable", False) and position + 1 < len(recipe.stages):
-            raise ConfigurationError(
-                f"stage {position + 1} ({type(stage).__name__}) has portable=True, which is for the last stage: what "
-                "comes after it needs this package to be loaded."
-            )
 
 
 def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ class Workload:
             source = CalibrationConfig(source)
         length = source.sequence_length
         if source.kind == "tokens":  # these keep the length that they have
-            length = max(len(row) for row in source.dataset)
+            length = max((len(row) for row in source.dataset), default=length)
         return cls(source.num_samples, length, source.batch_size, source.num_held_out)
 
 

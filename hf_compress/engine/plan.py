@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..anatomy import ModelAnatomy, resolve_anatomy, weight_count
@@ -20,10 +22,11 @@ from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of, replay
 from .memory import Workload, peak_of_stage
+from .order import check_order
 from .registry import create_method, method_class
 from .rehearsal import rehearse
 from .session import OUTSIDE
-from .weights import bytes_of, count_weights, kept_weights
+from .weights import count_weights, kept_weights, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def plan(
     *,
     calibration: CalibrationConfig | Any = None,
     measure_time: bool | None = None,
+    dtype: str | torch.dtype = "auto",
     **load_arguments: Any,
 ) -> CompressionPlan:
     """Sizes, memory and time before a run, without the model's weights and without data.
@@ -171,6 +175,7 @@ def plan(
         calibration: as for `compress`; only its numbers of sequences and tokens are used.
         measure_time: rehearse on two blocks of random weights to tell the time. By default where blocks are so small
             that this takes seconds.
+        dtype: what an id or path will be loaded in; by default the checkpoint's own.
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
@@ -178,7 +183,10 @@ def plan(
         ConfigurationError: a recipe that the model cannot meet.
     """
     recipe = CompressionConfig.wrap(config)
-    skeleton, dense = _skeletons(model, load_arguments)
+    for stage in recipe.stages:
+        stage.check_in_one_call()
+    check_order(recipe)
+    skeleton, dense = _skeletons(model, dtype, load_arguments)
     anatomy = resolve_anatomy(skeleton)
     workload = Workload.of(recipe, calibration)
     before = count_weights(anatomy)
@@ -215,43 +223,58 @@ def plan(
 
 
 def _skeletons(
-    model: PreTrainedModel | str | Path, load_arguments: dict[str, Any]
+    model: PreTrainedModel | str | Path, dtype: str | torch.dtype, load_arguments: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The model twice on the meta device: one to replace modules in, one that stays."""
     if isinstance(model, PreTrainedModel):
         if layout_of(model):
             raise ConfigurationError("the model is compressed already; plan for the dense original.")
-        source: Any = model
-        first, second = (_meta(type(source), source.config, source.dtype) for _ in range(2))
-        return first, second
+        return _meta_copy(model), _meta_copy(model)
+    if not isinstance(model, (str, Path)):
+        raise ConfigurationError(f"expected a Transformers model, an id or a path, got a {type(model).__name__}.")
     try:
         read = AutoConfig.from_pretrained(model, **load_arguments)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"no model config could be read from {str(model)!r}: {error}") from error
     if getattr(read, "quantization_config", None) is not None:
         raise ConfigurationError(f"{str(model)!r} is quantized or compressed already; plan for the dense original.")
-    return _of_config(read), _of_config(read)
+    wanted: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        wanted = read.dtype or torch.float32
+    if not isinstance(wanted, torch.dtype):
+        raise ConfigurationError(f"unknown dtype {dtype!r}; expected one such as bfloat16.")
+    return _of_config(read, wanted), _of_config(read, wanted)
 
 
-def _of_config(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config: a causal one, or whatever it is, for the error that says so."""
+def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The structure of a model in memory, its tensors on the meta device in their own dtypes, tied as they are."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def _of_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a checkpoint says it is, else a causal one, or whatever there is for the error that says so."""
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    classes: list[Any] = [kind for kind in named if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+    builders = [kind._from_config for kind in classes]
     reason = ""
-    for auto_class in (AutoModelForCausalLM, AutoModel):
+    for build in [*builders, AutoModelForCausalLM.from_config, AutoModel.from_config]:
         try:
-            return _meta(auto_class.from_config, config, config.dtype)
+            with torch.device("meta"):
+                skeleton: PreTrainedModel = build(config).to(dtype)
         except ValueError as error:
             reason = reason or str(error)
+            continue
+        skeleton.tie_weights()
+        return skeleton.eval()
     raise UnsupportedModelError(
         f"Transformers has no causal language model for model type {config.model_type!r}: {reason}"
     )
-
-
-def _meta(build: Any, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = build(config)
-    skeleton = skeleton.to(dtype or torch.float32)
-    skeleton.tie_weights()
-    return skeleton.eval()
 
 
 def _block_weights(anatomy: ModelAnatomy) -> Iterator[int]:
@@ -268,9 +291,5 @@ def _rows(dense: ModelAnatomy, planned: nn.Module) -> Iterator[PlannedModule]:
         matrices.append((OUTSIDE, head, "head"))
     for block, path, kind in matrices:
         old, new = dense.model.get_submodule(path), planned.get_submodule(path)
-        yield PlannedModule(block, path, kind, weight_count(old), kept_weights(new), _own_bytes(old), _own_bytes(new))
-
-
-def _own_bytes(module: nn.Module) -> int:
-    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    return bytes_of(state.values())
+        sizes = weight_count(old), kept_weights(new), stored_bytes(old), stored_bytes(new)
+        yield PlannedModule(block, path, kind, *sizes)

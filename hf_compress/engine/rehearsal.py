@@ -34,24 +34,30 @@ SURVEYED, HELD_OUT = 8192, 4096
 
 @dataclass
 class _TimedSession(Session):
-    """Notes when the work on every block began and ended."""
+    """Notes when the work on every block began and ended, and the time in all other loops over blocks."""
 
     marks: list[float] = field(default_factory=list)
+    looped: float = 0.0
 
     def progress(self, items: range, description: str) -> Iterator[int]:
+        began = time.perf_counter()
         for item in super().progress(items, description):
             if description == "compress":
                 self.marks.append(time.perf_counter())
             yield item
+        ended = time.perf_counter()
         if description == "compress":
-            self.marks.append(time.perf_counter())
+            self.marks.append(ended)
+        else:
+            self.looped += ended - began
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of the survey of two blocks, of what lies outside them, and of each."""
+    """Seconds of the survey of two blocks and of the loops in it, of what lies outside them, and of each."""
 
     survey: float
+    looped: float
     outside: float
     blocks: tuple[float, ...]
 
@@ -75,13 +81,17 @@ def rehearse(dense: PreTrainedModel, recipe: CompressionConfig, workload: Worklo
         if reads_tokens and not anatomy.record.decoder:
             return None
         few, many = (_run(copy.deepcopy(pair), stage, workload, tokens) for tokens in (FEW, MANY))
+        # Without data the two differ by chance alone.
+        tokens = workload.tokens if reads_tokens else FEW
         # The second block of the first run is the first that nothing has to be warmed up for.
-        total += depth * _at(workload.tokens, few.blocks[1], many.blocks[0])
-        # A survey goes through all blocks and through the head once: a model of one block tells the two apart.
-        one = _run(_two_blocks(dense, anatomy, blocks=1), stage, workload, MANY, survey_only=True)
-        of_block = max(many.survey - one.survey, 0.0) / max(many.survey, 1e-9)
-        survey = _at(min(workload.tokens, SURVEYED), few.survey, many.survey)
-        total += survey * (1 + (depth - BLOCKS) * of_block) + many.outside
+        total += depth * _at(tokens, few.blocks[1], many.blocks[0])
+        surveyed = min(tokens, SURVEYED)
+        if many.looped:
+            # What is outside its loops over blocks, such as the head, does not grow with the depth.
+            total += depth / BLOCKS * _at(surveyed, few.looped, many.looped) + many.survey - many.looped
+        else:
+            total += depth / BLOCKS * _at(tokens, few.survey, many.survey)
+        total += many.outside
         total += 60 * getattr(stage, "search_minutes", 0.0) * (getattr(stage, "allocation", "") == "search")
         # The next stage works on what this one leaves, which is no larger.
     return total
@@ -93,8 +103,8 @@ def _at(tokens: int, few: float, many: float) -> float:
     return max(few + slope * (tokens - FEW), 0.0)
 
 
-def _two_blocks(dense: PreTrainedModel, anatomy: ModelAnatomy, blocks: int = BLOCKS) -> PreTrainedModel | None:
-    """The model with few blocks and random weights; `None` where its blocks are not alike or not in one list."""
+def _two_blocks(dense: PreTrainedModel, anatomy: ModelAnatomy) -> PreTrainedModel | None:
+    """The model with two blocks and random weights; `None` where its blocks are not alike or not in one list."""
     config = copy.deepcopy(dense.config)
     inner = text_config(dense)
     if anatomy.record.repeated or not hasattr(inner, "num_hidden_layers") or inner is not dense.config:
@@ -104,7 +114,7 @@ def _two_blocks(dense: PreTrainedModel, anatomy: ModelAnatomy, blocks: int = BLO
     shapes = [{name: t.shape for name, t in anatomy.block(i).state_dict().items()} for i in range(len(anatomy))]
     if any(own != shapes[0] for own in shapes):
         return None
-    count = min(blocks, len(anatomy))
+    count = min(BLOCKS, len(anatomy))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:count]
     config.num_hidden_layers = count
@@ -131,7 +141,7 @@ def _shortened(stage: MethodConfig, depth: int) -> MethodConfig:
     return stage.model_copy(update=changes)
 
 
-def _run(model: Any, stage: MethodConfig, workload: Workload, tokens: int, survey_only: bool = False) -> _Times:
+def _run(model: Any, stage: MethodConfig, workload: Workload, tokens: int) -> _Times:
     anatomy = resolve_anatomy(model)
     method_class(stage).reopen(model, stage)
     method = create_method(stage, anatomy)
@@ -147,12 +157,11 @@ def _run(model: Any, stage: MethodConfig, workload: Workload, tokens: int, surve
         began = time.perf_counter()
         method.survey(session)
         surveyed = time.perf_counter()
-        if survey_only:
-            return _Times(surveyed - began, 0.0, ())
         walk(session, method, ResumePoint(None, {}))
     marks = session.marks
     blocks = tuple(after - before for before, after in itertools.pairwise(marks))
-    return _Times(surveyed - began, marks[0] - surveyed, blocks if len(blocks) > 1 else blocks * 2)
+    outside = marks[0] - surveyed
+    return _Times(surveyed - began, session.looped, outside, blocks if len(blocks) > 1 else blocks * 2)
 
 
 def _random_tokens(model: PreTrainedModel, workload: Workload, tokens: int) -> CalibrationConfig:

@@ -118,6 +118,11 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
         self.config = config
         self.anatomy = anatomy
 
+    @classmethod
+    def continues_with(cls, config: Any) -> tuple[str, ...]:
+        """`continues`, where that depends on the configuration."""
+        return cls.continues
+
     @staticmethod
     def reopen(model: PreTrainedModel, config: Any) -> None:
         """Make the modules of `continues` that a configuration is for dense again, without forgetting what they must

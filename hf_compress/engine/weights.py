@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from ..anatomy import ModelAnatomy, weight_count
@@ -18,7 +16,7 @@ def count_weights(anatomy: ModelAnatomy) -> tuple[int, int, int]:
     coded = sum(kept_weights(module) for module in packed)
     tables = {id(p) for module in packed for name, p in module.named_parameters(recurse=False) if name != "bias"}
     dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
-    return matrices, coded + dense, bytes_of(model.state_dict(keep_vars=True).values())
+    return matrices, coded + dense, stored_bytes(model)
 
 
 def kept_weights(module: nn.Module) -> int:
@@ -27,8 +25,11 @@ def kept_weights(module: nn.Module) -> int:
     return weight_count(module) if kept is None else int(kept)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, those that are one once, as Transformers writes them."""
-    # On the meta device there is no memory to compare; tied tensors are one object there.
-    different = {id(t) if t.is_meta else (t.data_ptr(), t.shape): t for t in tensors}
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's tensors as they are written, those that are one once."""
+    # What is written may be a cast copy; which tensors are one shows on the tensors themselves. On the meta device
+    # there is no memory to compare, and tied tensors are one object.
+    kept: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    written: dict[str, Tensor] = module.state_dict()
+    different = {id(t) if t.is_meta else (t.data_ptr(), t.shape): written[name] for name, t in kept.items()}
     return sum(tensor.numel() * tensor.element_size() for tensor in different.values())

@@ -9,7 +9,7 @@ from typing import Any
 from ...anatomy import ModelAnatomy, dense_rows, weight_count
 from ...layout import layout_entry
 from .allocation import CHOICES
-from .configuration import CodebookConfig
+from .configuration import OUTSIDE, CodebookConfig
 from .modules import coded_layer
 from .parts import Part, format_of
 
@@ -26,7 +26,7 @@ def expected_layout(
         entries.append(layout_entry(part.path, layer))
         if part.tied_head is not None:
             entries.append(layout_entry(part.tied_head, layer.tied_head(get(part.tied_head), part.path)))
-        if config.average_bits is not None:
+        if config.average_bits is not None and part.kind not in OUTSIDE:
             widest = coded_layer(dense, None, format_of(config, dense, max(CHOICES)), device="meta")
             # The average counts weights; the last columns of a row may be padding, and books grow with the bits.
             spared = weight_count(dense) * (max(CHOICES) - config.average_bits) / 8
@@ -40,6 +40,9 @@ def _with_average_bits(config: CodebookConfig, anatomy: ModelAnatomy, parts: Seq
         return list(parts)
     chosen, owed = [], 0.0
     for part in parts:
+        if part.kind in OUTSIDE:
+            chosen.append(part)
+            continue
         weights = dense_rows(anatomy.model.get_submodule(part.path)).numel()
         owed += config.average_bits * weights
         bits = max(min(CHOICES), *(choice for choice in CHOICES if choice * weights <= max(owed, 2 * weights)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...anatomy import dense_rows
 from ...layout import ResizedLinear
 from .configuration import PruningConfig
-from .format import DTYPES
 from .mathematics import kept_count
 from .modules import SparseLinear
 from .positions import ESCAPE, PositionKind
@@ -20,28 +20,39 @@ from .structured import MULTIPLE, Structure
 def expected_layout(model: nn.Module, paths: Sequence[str], config: PruningConfig) -> tuple[list[dict[str, Any]], int]:
     """Layout entries with the same share kept of every matrix and the kept weights at random places, and how many
     bytes more the places can take."""
-    entries, most, expected, total, kept_of_all = [], 0, 0, 0, 0
-    for path in paths:
-        module = model.get_submodule(path)
-        weight = dense_rows(module)
-        size = weight.numel()
+    weights = [dense_rows(model.get_submodule(path)) for path in paths]
+    kept = _kept(weights, config)
+    entries, most, least = [], 0, 0
+    for path, weight, count in zip(paths, weights, kept, strict=True):
+        module, size = model.get_submodule(path), weight.numel()
         values = config.values
         if values == "auto":
-            values = "bfloat16" if str(weight.dtype) == "torch.bfloat16" else "float16"
-        kept = kept_count(size, config.sparsity)
-        kind, stream = _positions(kept, size)
-        spec: dict[str, Any] = {"nonzeros": kept, "positions": kind, "stream": stream, "values": values}
+            values = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
+        kind, stream = _positions(count, size)
+        spec: dict[str, Any] = {"nonzeros": count, "positions": kind, "stream": stream, "values": values}
         if isinstance(module, ResizedLinear):
             spec |= module.spec()
         entries.append({"path": path, "type": SparseLinear.layout_type, "spec": spec})
-        total, kept_of_all = total + size, kept_of_all + kept
-        expected += kept * DTYPES[values].itemsize + stream
-        most += -(-size // 8)
-    exactly_kept = kept_count(total, config.sparsity)
-    # In the worst case an escape stands for every 255 zeros; a matrix has at least the choice of a bit mask.
-    places = min(exactly_kept + (total - exactly_kept) // ESCAPE, most) if exactly_kept < total else 0
-    ceiling = exactly_kept * DTYPES[values].itemsize + places
-    return entries, max(ceiling - expected, 0)
+        least += stream
+        most += 0 if count == size else min(count + (size - count) // ESCAPE, -(-size // 8))
+    if config.compared == "global" and config.sparsity > 0:
+        # One matrix may keep much more than another: the masks of all are a ceiling that does not know how they share.
+        total, whole = sum(weight.numel() for weight in weights), sum(kept)
+        most = min(whole + (total - whole) // ESCAPE, sum(-(-weight.numel() // 8) for weight in weights))
+    return entries, max(most - least, 0)
+
+
+def _kept(weights: Sequence[Tensor], config: PruningConfig) -> list[int]:
+    """Weights that stay of every matrix; of all together as many as the run keeps."""
+    if config.compared == "row":
+        return [len(weight) * kept_count(weight.shape[1], config.sparsity) for weight in weights]
+    kept = [kept_count(weight.numel(), config.sparsity) for weight in weights]
+    if config.compared == "global":
+        missing = kept_count(sum(weight.numel() for weight in weights), config.sparsity) - sum(kept)
+        for index, weight in enumerate(weights):
+            step = max(min(missing, weight.numel() - kept[index]), -kept[index])
+            kept[index], missing = kept[index] + step, missing - step
+    return kept
 
 
 def _positions(kept: int, size: int) -> tuple[PositionKind, int]:

@@ -61,6 +61,11 @@ class Pruning(Method[PruningConfig, Energies | None]):
         self.masks: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] | None = None
 
+    @classmethod
+    def continues_with(cls, config: PruningConfig) -> tuple[str, ...]:
+        # Heads that were decomposed have sizes of their own, and cannot be counted off in the matrices.
+        return ("linear",) if config.structured else cls.continues
+
     @property
     def collects(self) -> bool:
         return self.config.criterion == "wanda"
