@@ -199,7 +199,7 @@ class _Search:
         ranked = []
         for candidate in all_candidates():
             loss = model.loss(candidate)
-            if loss is not None and candidate.key() not in self.quick:
+            if loss is not None:
                 ranked.append((loss, candidate))
         ranked.sort(key=lambda pair: pair[0])
         count = 0
@@ -208,7 +208,10 @@ class _Search:
                 return
             if self.room(candidate) < 0:
                 continue
-            count += self.measure(self.filled(candidate)) is not None
+            # What was measured alone may have room for dense matrices.
+            filled = self.filled(candidate)
+            if filled.key() not in self.quick:
+                count += self.measure(filled) is not None
 
     def sampled(self, optuna: Any, seed: int) -> None:
         """Optuna's sampler, told of all that was measured."""
