@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
+from transformers.utils import PushToHubMixin
+from transformers.utils.hub import resolve_revision
 
+from . import adapters
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
-from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError, ConfigurationError
 from .layout import TRAINED, UNFINISHED, layout_of
 
@@ -37,6 +39,9 @@ _SHARED_ARGUMENTS = (
     "trust_remote_code",
     "gguf_file",
 )
+# Attribute of a model: the folder that it was loaded from. Never saved.
+SOURCE = "_hf_compress_source"
+_TRAINER = "transformers.trainer"
 # Attribute of a wrapper: what stood in its place.
 _ORIGINAL = "_hf_compress_original"
 _LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments", default=None)
@@ -45,6 +50,11 @@ _LOAD_ARGUMENTS: ContextVar[dict[str, Any] | None] = ContextVar("load_arguments"
 def current_load_arguments() -> dict[str, Any]:
     """Where the model now being loaded comes from: the arguments that its tokenizer is loaded with."""
     return _LOAD_ARGUMENTS.get() or {}
+
+
+def commit_of(arguments: dict[str, Any]) -> str | None:
+    """The commit of a model on the Hub that is loaded with these arguments of `from_pretrained`."""
+    return getattr(arguments.get("revision"), "resolved", None)
 
 
 @contextmanager
@@ -57,31 +67,32 @@ def _load_arguments(arguments: dict[str, Any]) -> Iterator[None]:
 
 
 def install() -> None:
-    """Wrap `from_pretrained`, `save_pretrained`, `push_to_hub` and what attaches PEFT's adapters; idempotent."""
+    """Wrap `from_pretrained`, `save_pretrained`, the ways to the Hub and what attaches PEFT's adapters; idempotent."""
     if hasattr(PreTrainedModel.from_pretrained, _ORIGINAL):
         return
     from_pretrained = PreTrainedModel.__dict__["from_pretrained"]
     PreTrainedModel.from_pretrained = classmethod(_marked(_from_pretrained, from_pretrained.__func__, from_pretrained))
     _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
-    _wrap(PreTrainedModel, "push_to_hub", _push_to_hub)
+    _wrap(PreTrainedModel, "push_to_hub", _at_door("push_to_hub"))
+    _wrap(PushToHubMixin, "_upload_modified_files", _at_door("upload_modified_files"))
     _wrap(PreTrainedModel, "resize_token_embeddings", _resize_token_embeddings)
-    _wrap(PeftAdapterMixin, "add_adapter", _add_adapter)
-    if "peft" in sys.modules:
-        _wrap_peft()
-    sys.meta_path.insert(0, _PEFT_FINDER)
+    _wrap(PeftAdapterMixin, "add_adapter", adapters.add_adapter)
+    _wrap_late()
+    sys.meta_path.insert(0, _FINDER)
 
 
 def uninstall() -> None:
     """Undo `install`."""
     names = ("from_pretrained", "save_pretrained", "push_to_hub", "resize_token_embeddings")
     wrapped = [(PreTrainedModel, name) for name in names]
-    wrapped += [(PeftAdapterMixin, "add_adapter"), *((owner, name) for owner, name, _ in _peft_methods())]
+    wrapped += [(PeftAdapterMixin, "add_adapter"), (PushToHubMixin, "_upload_modified_files")]
+    wrapped += [(owner, name) for owner, name, _ in _late_methods()]
     for owner, name in wrapped:
         original = getattr(getattr(owner, name), _ORIGINAL, None)
         if original is not None:
             setattr(owner, name, original)
-    if _PEFT_FINDER in sys.meta_path:
-        sys.meta_path.remove(_PEFT_FINDER)
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
 
 
 def _wrap(owner: type[Any], name: str, wrapper: Callable[..., Any]) -> None:
@@ -101,6 +112,25 @@ def _marked(wrapper: Callable[..., Any], function: Callable[..., Any], original:
 
 def _from_pretrained(
     original: Callable[..., Any], cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    local = isinstance(name, (str, os.PathLike)) and os.path.isdir(name)
+    subfolder = kwargs.get("subfolder") or ""
+    if name is not None and not local:
+        # Transformers does this as well and keeps what it finds to itself; a push names the commit of the base.
+        where = {key: kwargs[key] for key in ("token", "local_files_only", "cache_dir") if kwargs.get(key) is not None}
+        kwargs["revision"] = resolve_revision(name, kwargs.get("revision"), **where)
+    loaded = _load_or_compress(original, cls, name, *args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if local:
+        # A push looks there for the tokenizer.
+        model.__dict__[SOURCE] = os.path.join(name, subfolder)
+    elif (commit := commit_of(kwargs)) is not None:
+        model.config._commit_hash = commit
+    return loaded
+
+
+def _load_or_compress(
+    original: Callable[..., Any], cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any
 ) -> Any:
     recipe = kwargs.pop("compression_config", None)
     if getattr(kwargs.get("quantization_config"), "layout", None):
@@ -162,7 +192,7 @@ def _goes_on(name: Any, config: Any, shared: dict[str, Any], recipe: Compression
 
     Any other compressed checkpoint is refused here: Transformers would ignore the recipe with a warning.
     """
-    from .engine.compress import continues
+    from .engine.order import continues
 
     if isinstance(config, (str, os.PathLike)):
         name, config = config, None
@@ -231,18 +261,30 @@ def _save_pretrained(
             "its Pruner or PruningCallback first; at the end of a training the callback does it.",
             stacklevel=4,
         )
+    if getattr(model.config, "auto_map", None):
+        from .hub.shim import forget_shim
+
+        # Only a push puts the shim beside the config that names it.
+        forget_shim(model.config)
+    if (kwargs.get("push_to_hub") or args[2:3] == (True,)) and not kwargs.get("distributed_checkpoint"):
+        from .hub.doors import known, save_and_push
+
+        if known(model) is not None:
+            # A whole folder first: whatever becomes of the upload, it stays.
+            save = functools.partial(_save_pretrained, original, model)
+            return save_and_push(save, model, save_directory, *args, **kwargs)
     stored = getattr(model.config, "quantization_config", None)
     ours = getattr(stored, "quant_method", None) == QUANT_METHOD
     if ours and not layout_of(model) and not getattr(model, "_hf_peft_config_loaded", False):
         # A fresh model built from a compressed model's config is dense: a layout beside it would be a lie.
         del model.config.quantization_config
         ours = False
-    if not (ours or _is_unsaved(model)) or getattr(model, "_hf_peft_config_loaded", False):
+    if not (ours or adapters.is_unsaved(model)) or getattr(model, "_hf_peft_config_loaded", False):
         return original(model, save_directory, *args, **kwargs)
     target = Path(save_directory)
     # Not every process of a distributed run writes, whatever it says of itself.
     writes_here = model.should_save_on_this_rank(kwargs.get("is_main_process", args[0] if args else True))
-    if not writes_here or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint") or target.is_file():
+    if not writes_here or kwargs.get("distributed_checkpoint") or target.is_file():
         result = original(model, save_directory, *args, **kwargs)
     else:
         target.mkdir(parents=True, exist_ok=True)
@@ -255,17 +297,15 @@ def _save_pretrained(
     return result
 
 
-def _is_unsaved(model: Any) -> bool:
-    """A model that was compressed here and has no name of its own yet."""
-    return isinstance(getattr(model, "compression_report", None), CompressionReport) and not model.name_or_path
+def _at_door(name: str) -> Callable[..., Any]:
+    """A function of `hub.doors`, imported when it is first needed: most programs never go to the Hub."""
 
+    def door(*args: Any, **kwargs: Any) -> Any:
+        from .hub import doors
 
-def _push_to_hub(original: Callable[..., Any], model: PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    result = original(model, repo_id, *args, **kwargs)
-    if layout_of(model):
-        # The upload saved to a temporary folder; the model's name is the repository's.
-        model.name_or_path = model.config.name_or_path = repo_id
-    return result
+        return getattr(doors, name)(*args, **kwargs)
+
+    return door
 
 
 def _resize_token_embeddings(
@@ -300,11 +340,12 @@ def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:
             old.unlink()
 
 
-class _PeftFinder(MetaPathFinder):
-    """Wraps PEFT when the user imports it. Importing it from here would cost seconds to those who do not use it."""
+class _Finder(MetaPathFinder):
+    """Wraps PEFT and the Trainer when the user imports them. Importing them from here would cost seconds to those who
+    do not use them."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == "peft" else None
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in ("peft", _TRAINER) else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -312,104 +353,36 @@ class _PeftFinder(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             if self in sys.meta_path:
-                _wrap_peft()
+                _wrap_late()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-_PEFT_FINDER = _PeftFinder()
+_FINDER = _Finder()
 
 
-def _peft_methods() -> list[tuple[type[Any], str, Callable[..., Any]]]:
-    """What `peft.get_peft_model` and `PeftModel.from_pretrained` build, and what every merge asks first; none before
-    the user has imported PEFT."""
+def _late_methods() -> list[tuple[type[Any], str, Callable[..., Any]]]:
+    """What `peft.get_peft_model` and `PeftModel.from_pretrained` build, what every merge asks first, and a Trainer's
+    ways to the Hub; none before the user has imported PEFT and the Trainer."""
     peft = sys.modules.get("peft")
     names = [name for name in ("PeftModel", "PeftMixedModel") if hasattr(peft, name)]
     found: list[tuple[type[Any], str, Callable[..., Any]]] = [
-        (getattr(peft, name), "__init__", _init_peft_model) for name in names
+        (getattr(peft, name), "__init__", adapters.init_peft_model) for name in names
     ]
     utilities = sys.modules.get("peft.tuners.tuners_utils")
     if utilities is not None:
-        found.append((utilities.BaseTuner, "_check_merge_allowed", _check_merge_allowed))
+        found.append((utilities.BaseTuner, "_check_merge_allowed", adapters.check_merge_allowed))
+    trainer = getattr(sys.modules.get(_TRAINER), "Trainer", None)
+    if trainer is not None:
+        found += [
+            (trainer, "push_to_hub", _at_door("trainer_push_to_hub")),
+            (trainer, "create_model_card", _at_door("create_model_card")),
+            (trainer, "_push_from_checkpoint", _at_door("push_from_checkpoint")),
+        ]
     return found
 
 
-def _wrap_peft() -> None:
-    for owner, name, wrapper in _peft_methods():
+def _wrap_late() -> None:
+    for owner, name, wrapper in _late_methods():
         _wrap(owner, name, wrapper)
-
-
-def _check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
-    """An adapter cannot be added to weights that are codes; PEFT itself would stop at their shape."""
-    packed = next(
-        (path for path, module in tuner.model.named_modules() if getattr(module, "packs_weight", False)), None
-    )
-    masked = next((path for path, m in tuner.model.named_modules() if "pruning_mask" in m._buffers), None)
-    if masked is not None:
-        raise CompressionError(
-            f"the adapter cannot be merged: {masked!r} is pruned, and the sum would fill its zeros. Keep the adapter "
-            "beside the model."
-        )
-    if packed is not None:
-        raise CompressionError(
-            f"the adapter cannot be merged: {packed!r} keeps its weights as codes. Keep the adapter beside the "
-            "compressed model, or call dequantize() on the compressed model before the adapter is attached."
-        )
-    original(tuner)
-
-
-def _init_peft_model(
-    original: Callable[..., Any], peft_model: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any
-) -> None:
-    _refuse_on_codes(model, peft_config)
-    # An adapter that was trained before and is loaded here has a name of its base already.
-    if not peft_config.base_model_name_or_path:
-        _warn_if_unsaved(model)
-    original(peft_model, model, peft_config, *args, **kwargs)
-
-
-def _add_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    config = args[0] if args else kwargs.get("adapter_config")
-    _refuse_on_codes(model, config)
-    _warn_if_unsaved(model)
-    return original(model, *args, **kwargs)
-
-
-def _refuse_on_codes(model: Any, config: Any) -> None:
-    """What PEFT would do to dense weights and cannot do to codes, before it fails or trains nothing."""
-    if not isinstance(model, PreTrainedModel) or config is None:
-        return
-    packed = [path for path, module in model.named_modules() if getattr(module, "packs_weight", False)]
-    if not packed:
-        return
-    coded_table = any(hasattr(model.get_submodule(path), "num_embeddings") for path in packed)
-    heads = [path for path in packed if not hasattr(model.get_submodule(path), "weight")]
-
-    def names(field: str, paths: list[str]) -> bool:
-        wanted = getattr(config, field, None)
-        wanted = [wanted] if isinstance(wanted, str) else wanted or []
-        return any(f".{path}".endswith(f".{name}") for path in paths for name in wanted)
-
-    reasons = {
-        "use_dora": bool(getattr(config, "use_dora", False)),
-        "modules_to_save": names("modules_to_save", packed),
-        "target_modules": names("target_modules", heads),
-        "trainable_token_indices": coded_table and getattr(config, "trainable_token_indices", None) is not None,
-        "peft_type": coded_table and bool(getattr(config, "is_prompt_learning", False)),
-    }
-    field = next((name for name, refused in reasons.items() if refused), None)
-    if field is not None:
-        raise CompressionError(
-            f"`{field}` of {type(config).__name__} needs dense weights where this model keeps codes (for example "
-            f"{packed[0]!r}). Leave them out of the adapter, or call dequantize() first."
-        )
-
-
-def _warn_if_unsaved(model: Any) -> None:
-    if _is_unsaved(model):
-        warnings.warn(
-            "the adapter is attached to a compressed model that has not been saved, so it cannot name the model that "
-            "it belongs to. Call model.save_pretrained(...) first: the adapter then names the compressed checkpoint.",
-            stacklevel=4,
-        )

@@ -17,7 +17,7 @@ from .configuration import QUANT_METHOD, CompressionConfig
 from .engine.compress import compress, prepare
 from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
-from .integration import current_load_arguments
+from .integration import commit_of, current_load_arguments
 from .layout import FORMAT_VERSION, check_loaded, check_tensors, disconnect, layout_of, replay
 
 
@@ -86,6 +86,10 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                 # Tables that are trained stay in float32, whatever the model's dtype.
                 model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
         else:
+            commit = commit_of(current_load_arguments())
+            if commit is not None:
+                # For the provenance. Transformers leaves it out of every file.
+                model.config._commit_hash = commit
             # The skeleton tells whether the recipe can be met, before any weight is read.
             prepare(model, CompressionConfig.wrap(self.quantization_config))
         return model

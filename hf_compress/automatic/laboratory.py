@@ -29,7 +29,7 @@ from .result import TrialRecord
 from .space import Candidate, describe
 
 # Beside the tensors a folder holds their names and shapes, the config with the layout, and the recipe.
-BYTES_OF_NAMES, BYTES_OF_FOLDER = 400, 64 * 1024
+BYTES_OF_NAMES, BYTES_OF_FOLDER = 1024, 128 * 1024
 GENERATED = 32
 
 

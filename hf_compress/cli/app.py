@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from .automatic import auto
+from .card import card
 from .demo import demo
 from .evaluate import evaluate
 from .plan import plan
+from .push import push
 from .run import run
 
 app = typer.Typer(
@@ -20,6 +22,8 @@ app.command("run")(run)
 app.command("eval")(evaluate)
 app.command("plan")(plan)
 app.command("auto")(auto)
+app.command("card")(card)
+app.command("push")(push)
 app.command("demo")(demo)
 
 
