@@ -44,8 +44,7 @@ def recover(
             codes, positions or shared it stays an adapter.
         callbacks (`list`, *optional*): for the Trainer.
         arguments: fields of [`DistillationConfig`], such as `max_steps`, `learning_rate`, `output_dir`. Without
-            `output_dir` nothing is kept but the result. Where there is none, the learning rate is 2e-4 for an adapter
-            and 5e-5 for all parameters.
+            `output_dir` nothing is kept but the result. Where there is none, the learning rate is 2e-4.
 
     Returns:
         The same model, or a `PeftModel` round it.
@@ -61,7 +60,7 @@ def recover(
 
         task = "CAUSAL_LM" if "ForCausalLM" in type(model).__name__ else None
         peft_config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear", task_type=task)
-    given = {"learning_rate": 2e-4 if method == "lora" else 5e-5, "report_to": [], **arguments}
+    given = {"learning_rate": 2e-4, "report_to": [], **arguments}
     with tempfile.TemporaryDirectory() as scratch:
         if "output_dir" not in given:
             given = {"output_dir": scratch, "save_strategy": "no", **given}

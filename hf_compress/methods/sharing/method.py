@@ -132,6 +132,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         if self.config.unique_layers is None:
             return Expectation()
         layout: list[dict[str, Any]] = []
+        copies = 0  # of the matrices that are kept, beside those of all layers
         for block in range(len(self.anatomy)):
             owner = self.assigned.index(self.assigned[block])
             for path, _ in self._shared(block):
@@ -142,11 +143,12 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                     "bias": module.bias is not None and (owner == block or not self.config.share_norms),
                 }
                 layout.append({"path": path, "type": SharedLinear.layout_type, "spec": spec})
+                copies += int(module.weight.numel() * module.weight.element_size()) if owner == block else 0
             if self.config.share_norms and owner != block:
                 for path, _ in self._norms(block):
                     spec = {"source": self._path_in(owner, path, block)}
                     layout.append({"path": path, "type": SharedModule.layout_type, "spec": spec})
-        return Expectation(layout)
+        return Expectation(layout, statistics_bytes=copies)
 
     def _norms(self, block: int) -> list[tuple[str, nn.Module]]:
         """Modules of a block with parameters of their own that are no matrices."""
