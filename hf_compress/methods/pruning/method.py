@@ -64,7 +64,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
     @classmethod
     def continues_with(cls, config: PruningConfig) -> tuple[str, ...]:
         # Heads that were decomposed have sizes of their own, and cannot be counted off in the matrices.
-        return ("linear",) if config.structured else cls.continues
+        return (SparseLinear.layout_type, "linear") if config.structured else cls.continues
 
     @property
     def collects(self) -> bool:
