@@ -119,6 +119,11 @@ def test_a_killed_search_goes_on(dense: Path, tmp_path: Path, monkeypatch: pytes
     repeated = search(dense, budget, working_directory=tmp_path, max_trials=7)
     assert len(runs) == before
     assert repeated.best.recipe == finished.best.recipe
+    # What was measured needs no second run, but for the winner that is to be written.
+    written = search(dense, budget, working_directory=tmp_path, max_trials=7, output=tmp_path / "out")
+    assert len(runs) == before + 1
+    assert written.best.recipe == finished.best.recipe
+    assert folder_bytes(tmp_path / "out") == written.best.bytes == finished.best.bytes
     with pytest.raises(hf_compress.ResumeError, match="another budget"):
         search(dense, Budget(bytes=10**6), working_directory=tmp_path, max_trials=7)
 
@@ -239,6 +244,7 @@ def test_sizes_are_planned_in_the_dtype_of_the_run(dense: Path) -> None:
         ({"evaluation": None}, hf_compress.CalibrationError, "NoneType"),
         ({"evaluation": CalibrationConfig(torch.zeros(2, 9).long())}, hf_compress.CalibrationError, "token ids"),
         ({"max_trials": 0}, hf_compress.ConfigurationError, "max_trials"),
+        ({"evaluation_tokens": 9}, hf_compress.ConfigurationError, "evaluation_tokens"),
         ({"budget": "many"}, hf_compress.ConfigurationError, "no size such as"),
         ({"model": "/missing/folder"}, hf_compress.ConfigurationError, "cannot be loaded"),
         ({"model": torch.nn.Linear(2, 2)}, hf_compress.ConfigurationError, "id or path"),

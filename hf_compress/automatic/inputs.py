@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data
 from ..calibration.sources import read_texts
 from ..errors import CalibrationError, ConfigurationError, ResumeError
 from ..evaluation.perplexity import as_token_ids
-from .laboratory import overlap, replace_atomically
+from ..output import write_text
+from .laboratory import overlap
 
 FEWEST = 256
 # Bytes at both ends of a weight file that tell it from another.
@@ -66,12 +68,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def weights_digest(name: str) -> list[Any]:
-    """Tells a folder's weights from others by the sizes and ends of their files; of a Hub id its commit will do."""
+def weights_digest(name: str, revision: str | None = None) -> list[Any]:
+    """Tells a folder's weights from others by the sizes and ends of their files; a Hub id by the commit that its
+    `revision` has led to in the cache."""
     found: list[Any] = []
     if not os.path.isdir(name):
-        return found
-    for path in sorted(Path(name).glob("*.safetensors")):
+        config = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        return [extract_commit_hash(config, None)]
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin")):
         size = path.stat().st_size
         with path.open("rb") as file:
             own = hashlib.sha256(file.read(SAMPLE))
@@ -93,7 +97,7 @@ def check_directory(directory: Path, fingerprint: dict[str, str]) -> None:
         raise ResumeError(f"the working directory {str(directory)!r} cannot be made: there is a file.") from error
     file = directory / "search.json"
     if not file.exists():
-        replace_atomically(file, json.dumps(fingerprint).encode())
+        write_text(file, json.dumps(fingerprint))
         return
     try:
         before = dict(json.loads(file.read_bytes()))
@@ -118,15 +122,6 @@ def sources_of(name: str, own: dict[str, Any], processing_class: Any) -> tuple[A
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(f"{name!r} is quantized or compressed already; search with the dense original.")
     return config, processing_class
-
-
-def check_output(destination: Path) -> None:
-    """Raise `ConfigurationError` where the result could not be written, or would mix with files."""
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise ConfigurationError(f"`output` {str(destination)!r} exists and is not empty: name a new folder.")
-    parent = next(folder for folder in destination.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ConfigurationError(f"`output` {str(destination)!r} cannot be made: {str(parent)!r} is a file.")
 
 
 def calibration_data(calibration: CalibrationConfig, token_ids: torch.Tensor, tokenizer: Any) -> CalibrationData:

@@ -24,6 +24,7 @@ from ..engine.freed import return_freed_memory
 from ..engine.plan import CompressionPlan, plan
 from ..errors import ConfigurationError, NumericalError, ResumeError
 from ..evaluation import measure_speed, perplexity
+from ..output import write_text
 from .budget import Budget
 from .result import TrialRecord
 from .space import Candidate, describe
@@ -74,7 +75,7 @@ class Laboratory:
                     "another version. Remove the line, or name another working directory."
                 ) from error
         if lines[-1]:
-            replace_atomically(self.records_path, b"\n".join([*lines[:-1], b""]))
+            write_text(self.records_path, b"\n".join([*lines[:-1], b""]).decode())
 
     def load(self) -> PreTrainedModel:
         try:
@@ -117,8 +118,14 @@ class Laboratory:
         planned = self.plan(candidate)
         return self.budget.bytes - planned.bytes_at_most - BYTES_OF_NAMES * len(planned.rows) - BYTES_OF_FOLDER
 
-    def run(self, candidate: Candidate, *, thorough: bool, output: Path | None = None) -> TrialRecord:
+    def run(
+        self, candidate: Candidate, *, thorough: bool, output: Path | None = None, anew: bool = False
+    ) -> TrialRecord:
         """Compress, write, and measure a candidate, or look up what an earlier run measured.
+
+        Args:
+            output: where a candidate that is run is written.
+            anew: run it even if it was measured.
 
         Raises:
             CompressionError: as `compress` does.
@@ -132,7 +139,7 @@ class Laboratory:
             calibration = calibration.model_copy(update={"num_samples": samples})
         key = json.dumps([recipe.to_dict(), samples])
         known = self.records.get(key)
-        if known is not None and (output is None or (known.path == str(output) and output.is_dir())):
+        if known is not None and not anew:
             return known
         model = self.load()
         began = time.perf_counter()
@@ -227,13 +234,6 @@ def _folder(output: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
-
-
-def replace_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half written."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def overlap(first: Int[Tensor, "tokens"], second: Int[Tensor, "tokens"], length: int = 64) -> bool:

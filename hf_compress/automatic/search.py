@@ -22,12 +22,13 @@ from ..engine.session import Session
 from ..errors import CompressionError, ConfigurationError
 from ..methods.codebook import CodebookConfig
 from ..methods.codebook.allocation import CHOICES, estimate_losses
+from ..output import check_output
 from .additive import AdditiveModel
 from .budget import Budget
 from .inputs import (
+    FEWEST,
     calibration_data,
     check_directory,
-    check_output,
     digest,
     evaluation_ids,
     sources_of,
@@ -96,6 +97,8 @@ def auto(
     ):
         if value <= 0:
             raise ConfigurationError(f"`{field_name}` must be above 0, got {value}.")
+    if evaluation_tokens < FEWEST:
+        raise ConfigurationError(f"`evaluation_tokens` must be {FEWEST} or more, got {evaluation_tokens}.")
     calibration = calibration if isinstance(calibration, CalibrationConfig) else CalibrationConfig(calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigurationError(
@@ -107,14 +110,14 @@ def auto(
     destination = None if output is None else Path(output)
     if destination is not None:
         check_output(destination)
-    token_ids = evaluation_ids(evaluation, processing_class)[: max(evaluation_tokens, 256)]
+    token_ids = evaluation_ids(evaluation, processing_class)[:evaluation_tokens]
     data = calibration_data(calibration, token_ids, processing_class)
     directory = None if working_directory is None else Path(working_directory)
     if directory is not None:
         check_directory(
             directory,
             {
-                "model": digest([config.to_dict(), weights_digest(name)]),
+                "model": digest([config.to_dict(), weights_digest(name, own.get("revision"))]),
                 "loading": digest(load_arguments),
                 "budget": digest(budget.to_dict()),
                 "calibration": data.fingerprint,
@@ -267,7 +270,7 @@ class _Search:
                 folder = None if place is None else Path(place) / str(len(finals))
                 finals.append((candidate, laboratory.run(candidate, thorough=True, output=folder), folder))
             self.bar.close()
-            _, best, folder = min(finals, key=lambda final: laboratory.score(final[1]))
+            candidate, best, folder = min(finals, key=lambda final: laboratory.score(final[1]))
             if not best.feasible:
                 raise ConfigurationError(
                     f"run with all calibration data no recipe keeps the budget any longer. The nearest is "
@@ -276,6 +279,8 @@ class _Search:
                 )
             if output is None or folder is None:
                 return best
+            if not folder.exists():  # it was measured before this search was interrupted
+                best = laboratory.run(candidate, thorough=True, output=folder, anew=True)
             processing_class.save_pretrained(folder)
             if output.exists():
                 output.rmdir()  # it was empty when the search began, and still has to be

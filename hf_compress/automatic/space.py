@@ -86,14 +86,6 @@ def coders() -> tuple[Coder, ...]:
     return ("codebook", "nf4", "wanda", "none") if find_spec("bitsandbytes") else ("codebook", "wanda", "none")
 
 
-def single_methods() -> list[Candidate]:
-    """Every method alone, in all its sizes: what a stack has to beat."""
-    codebooks = [Candidate(bits=bits) for bits in AVERAGE_BITS]
-    reduced = [Candidate(reduction=reduction, coder="none") for reduction in REDUCTIONS[1:]]
-    sparse = [Candidate(coder="wanda", sparsity=sparsity) for sparsity in SPARSITIES]
-    return [*codebooks, *reduced, *sparse, *([Candidate(coder="nf4")] if "nf4" in coders() else [])]
-
-
 def describe(candidate: Candidate) -> str:
     """A candidate in a few words."""
     words = [f"modular {candidate.reduction:.0%}"] if candidate.reduction else []

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigurationError
+from ..output import check_output
 from . import recipe as options
 from .console import command, say, stdout
-from .run import check_output
 
 FIGURES = (".png", ".svg", ".pdf")
 

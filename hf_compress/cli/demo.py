@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..output import check_output
 from . import recipe as options
 from .console import command, say, stdout
-from .run import check_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

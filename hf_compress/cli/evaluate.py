@@ -161,25 +161,25 @@ def _tasks(
 
 
 def _load_processing_class(name: str, images: bool, revision: str | None) -> Any:
-    from .loading import _load, load_tokenizer
+    from .loading import load_tokenizer, load_with
 
     if not images:
         return load_tokenizer(name, revision=revision)
     from transformers import AutoImageProcessor
 
-    return _load(AutoImageProcessor, name, {"revision": revision})
+    return load_with(AutoImageProcessor, name, {"revision": revision})
 
 
 def _load_model(kind: str, name: str, loading: dict[str, Any]) -> Any:
     import transformers
 
-    from .loading import DTYPES, _load, load_model
+    from .loading import DTYPES, load_model, load_with
 
     if kind == "AutoModelForCausalLM":
         return load_model(name, **loading)
     if loading["dtype"] not in DTYPES:
         raise ConfigurationError(f"unknown dtype {loading['dtype']!r}; known: {', '.join(DTYPES)}.")
-    return _load(
+    return load_with(
         getattr(transformers, kind), name, {key: value for key, value in loading.items() if value is not None}
     )
 

@@ -38,7 +38,7 @@ def load_model(
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     # Transformers drops the GGUF quantizer from a model that it has unpacked.
-    return _load(AutoModelForCausalLM, name, options)
+    return load_with(AutoModelForCausalLM, name, options)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
@@ -47,14 +47,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | N
 
     check_source(name, gguf_file)
     options = {"revision": revision} | ({} if gguf_file is None else {"gguf_file": gguf_file})
-    return _load(AutoTokenizer, name, options)
+    return load_with(AutoTokenizer, name, options)
 
 
 def is_compressed(name: str, revision: str | None = None) -> bool:
     """Whether a model's config says that it is quantized or compressed already."""
     from transformers import AutoConfig
 
-    return getattr(_load(AutoConfig, name, {"revision": revision}), "quantization_config", None) is not None
+    return getattr(load_with(AutoConfig, name, {"revision": revision}), "quantization_config", None) is not None
 
 
 def check_source(name: str, gguf_file: str | None = None) -> None:
@@ -68,7 +68,8 @@ def check_source(name: str, gguf_file: str | None = None) -> None:
         raise ConfigurationError(f"no folder {name!r}; give a folder that holds a model, or a model id of the Hub.")
 
 
-def _load(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
+def load_with(auto_class: Any, name: str, options: dict[str, Any]) -> Any:
+    """What an auto class loads; raises `ConfigurationError` where it cannot."""
     try:
         return auto_class.from_pretrained(name, **options)
     except CompressionError:

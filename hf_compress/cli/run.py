@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigurationError
+from ..output import check_output
 from . import recipe as options
 from .console import command, say, stdout
 
@@ -123,8 +123,10 @@ def run(
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
-    if device_map is None and gguf_file is None and dtype == "auto" and not is_compressed(model, revision):
-        planned = hf_compress.plan(model, recipe, calibration=calibration, measure_time=False, revision=revision)
+    if device_map is None and gguf_file is None and not is_compressed(model, revision):
+        planned = hf_compress.plan(
+            model, recipe, calibration=calibration, measure_time=False, dtype=dtype, revision=revision
+        )
         planned.require_memory()
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
     compressed = hf_compress.compress(
@@ -134,14 +136,3 @@ def run(
     compressed.save_pretrained(out)
     tokenizer.save_pretrained(out)
     say(f"Saved to {out} ({size_on_disk(out).weights:,} bytes of weights)")
-
-
-def check_output(out: Path) -> None:
-    """Raise `ConfigurationError`, before the work, where the result could not be written or would mix with files."""
-    if out.is_file():
-        raise ConfigurationError(f"{str(out)!r} is a file; name a folder to write.")
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigurationError(f"the folder {str(out)!r} is not empty; name a new one, or empty it.")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not parent.is_dir():
-        raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")

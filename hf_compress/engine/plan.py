@@ -241,7 +241,7 @@ def _skeletons(
     wanted: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
         wanted = read.dtype or torch.float32
-    if not isinstance(wanted, torch.dtype):
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ConfigurationError(f"unknown dtype {dtype!r}; expected one such as bfloat16.")
     return _of_config(read, wanted), _of_config(read, wanted)
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import hf_api
 
 from ..integration import SOURCE
+from ..output import write_text
 from .facts import Facts, facts_of_model
-from .files import write_text
 from .publish import CARD_FILE, EXTRAS, Options, prepare, read_card
 from .push import add_processing, explained, remote_card_of, upload
 

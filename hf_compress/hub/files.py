@@ -1,9 +1,7 @@
-"""Which files of a folder are the model's, and how they are written."""
+"""Which files of a folder are the model's."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,16 +48,3 @@ def model_files(folder: Path, extras: Iterable[str]) -> list[str]:
     Anything else in the folder, such as data or a training's state, is not for the Hub.
     """
     return matching(names_in(folder), (*_MODEL, *PROCESSING, *extras))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, with the same bytes on every system."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..output import write_text
 from .card import FIGURE_FILE, RECIPE_FILE, recipe_text, render_card
 from .facts import REPORT_FILE, Facts, base_card_of, facts_of_folder
 from .figure import layer_figure
-from .files import write_text
 from .measured import EVALUATION_FILE, Evaluation
 from .merge import choose, training_text
 from .shim import SHIM_FILE, write_shim

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from ..output import write_text
 
 MODULE = "hf_compress_shim"
 SHIM_FILE = f"{MODULE}.py"

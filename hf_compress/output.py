@@ -1,0 +1,33 @@
+"""Where results are written: folders that may be filled, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import ConfigurationError
+
+
+def check_output(out: Path) -> None:
+    """Raise `ConfigurationError`, before the work, where the result could not be written or would mix with files."""
+    if out.is_file():
+        raise ConfigurationError(f"{str(out)!r} is a file; name a folder to write.")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigurationError(f"the folder {str(out)!r} is not empty; name a new one, or empty it.")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with the same bytes on every system."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
