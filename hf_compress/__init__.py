@@ -14,6 +14,7 @@ from .configuration import CompressionConfig
 from .engine.compress import compress
 from .engine.plan import CompressionPlan, plan
 from .engine.report import CompressionReport
+from .engine.streaming import compress_checkpoint
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -72,6 +73,7 @@ __all__ = [
     "UnsupportedModelError",
     "auto",
     "compress",
+    "compress_checkpoint",
     "plan",
     "recover",
     "register_anatomy",

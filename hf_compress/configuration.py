@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from .calibration.configuration import CalibrationConfig
+from .checked import short
 from .errors import ConfigurationError
 from .strict import StrictModel
 
@@ -58,10 +59,14 @@ def register_method_config(config: type[MethodConfig]) -> type[MethodConfig]:
 
 def method_config_from_dict(data: dict[str, Any]) -> MethodConfig:
     """Build the configuration that a stage's JSON describes; raises `ConfigurationError` for an unknown method."""
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"a stage of a recipe must be an object with a `method`, got {short(data)}.")
     fields = dict(data)
     method = fields.pop("method", None)
-    if method not in _METHOD_CONFIGS:
-        raise ConfigurationError(f"unknown method {method!r} in a recipe; known methods: {sorted(_METHOD_CONFIGS)}.")
+    if not isinstance(method, str) or method not in _METHOD_CONFIGS:
+        raise ConfigurationError(
+            f"unknown method {short(method)} in a recipe; known methods: {sorted(_METHOD_CONFIGS)}."
+        )
     return _METHOD_CONFIGS[method](**fields)
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 from transformers.utils import PushToHubMixin
 from transformers.utils.hub import resolve_revision
@@ -27,7 +27,7 @@ from transformers.utils.hub import resolve_revision
 from . import adapters
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .errors import CheckpointError, CompressionError, ConfigurationError
-from .layout import TRAINED, UNFINISHED, layout_of
+from .layout import TRAINED, UNFINISHED, check_layout, layout_of
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
 _SHARED_ARGUMENTS = (
@@ -157,7 +157,11 @@ def _load_or_compress(
             compress(loaded[0] if isinstance(loaded, tuple) else loaded, recipe, load_arguments=shared)
         return loaded
     if shared.get("gguf_file"):
-        return _from_gguf(original, cls, name, args, kwargs, recipe, shared)
+        options = {**kwargs, "quantization_config": GgufConfig(dequantize=True)}
+        return _load_then_compress(original, cls, name, args, options, recipe, shared)
+    if kwargs.get("device_map") is not None:
+        # Accelerate's hooks, which know where offloaded weights are, come after Transformers asks its quantizer.
+        return _load_then_compress(original, cls, name, args, kwargs, recipe, shared)
     with _load_arguments(shared):
         return original(cls, name, *args, quantization_config=recipe, **kwargs)
 
@@ -202,8 +206,9 @@ def _goes_on(name: Any, config: Any, shared: dict[str, Any], recipe: Compression
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if method != QUANT_METHOD:
         return False
-    layout = stored.get("layout") if isinstance(stored, dict) else getattr(stored, "layout", None)
-    if not continues(recipe, layout or []):
+    layout: Any = stored.get("layout") if isinstance(stored, dict) else getattr(stored, "layout", None)
+    check_layout(layout)
+    if not continues(recipe, layout):
         raise ConfigurationError(
             f"{name!r} is compressed already, and a second compression on top of the first is not supported. Load it "
             "without a recipe, or compress its dense original with the stages that you want: "
@@ -212,7 +217,7 @@ def _goes_on(name: Any, config: Any, shared: dict[str, Any], recipe: Compression
     return True
 
 
-def _from_gguf(
+def _load_then_compress(
     original: Callable[..., Any],
     cls: type[PreTrainedModel],
     name: Any,
@@ -221,9 +226,8 @@ def _from_gguf(
     recipe: CompressionConfig,
     shared: dict[str, Any],
 ) -> Any:
-    """Transformers refuses a GGUF file together with a quantization: load it dequantized, then compress."""
-    from transformers import GgufConfig
-
+    """Load a dense model and compress it then: one of a GGUF file, which Transformers refuses together with a
+    quantization, or one that Accelerate places."""
     # The engine reports through the quantizer, which imports this module.
     from .engine.compress import compress, prepare
 
@@ -232,9 +236,9 @@ def _from_gguf(
         config = cls.config_class.from_pretrained(config or name, **shared)
     with torch.device("meta"):
         skeleton = cls(copy.deepcopy(config), *args)
-    # Whether the recipe can be met shows before the file is dequantized, which takes longest.
+    # Whether the recipe can be met shows before the weights are read, which takes longest.
     prepare(skeleton, recipe)
-    loaded = original(cls, name, *args, quantization_config=GgufConfig(dequantize=True), **kwargs)
+    loaded = original(cls, name, *args, **kwargs)
     # With output_loading_info=True there is a dictionary beside the model.
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if getattr(model, "hf_quantizer", None) is not None:
@@ -279,7 +283,8 @@ def _save_pretrained(
         # A fresh model built from a compressed model's config is dense: a layout beside it would be a lie.
         del model.config.quantization_config
         ours = False
-    if not (ours or adapters.is_unsaved(model)) or getattr(model, "_hf_peft_config_loaded", False):
+    kept = ours or adapters.is_unsaved(model) or "compression_record" in model.__dict__
+    if not kept or getattr(model, "_hf_peft_config_loaded", False):
         return original(model, save_directory, *args, **kwargs)
     target = Path(save_directory)
     # Not every process of a distributed run writes, whatever it says of itself.
@@ -292,6 +297,10 @@ def _save_pretrained(
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
             result = original(model, scratch, *args, **kwargs)
             _move_into_place(Path(scratch), target, kwargs.get("variant"))
+        if not ours:
+            from .hub.publish import keep_report
+
+            keep_report(model, target)
     # An adapter trained on this model must name the compressed checkpoint, not the dense base.
     model.name_or_path = model.config.name_or_path = os.fspath(save_directory)
     return result

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from .checked import is_integer, is_path, short
 from .errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -19,6 +20,8 @@ FORMAT_VERSION = 1
 TRAINED = "_hf_compress_trained"
 # Attribute of a model whose compression stopped half way.
 UNFINISHED = "_hf_compress_unfinished"
+# Characters of a detail in a message: it may quote a field as large as the file.
+_SHOWN = 600
 
 
 @runtime_checkable
@@ -80,19 +83,39 @@ def replay(model: nn.Module, layout: Any) -> None:
     Raises:
         CheckpointError: an entry that is malformed, names an unknown type or module, or does not fit the module.
     """
-    if not isinstance(layout, list) or not layout:
-        raise CheckpointError("the checkpoint's quantization_config has no `layout`: it is damaged. Compress again.")
-    for entry in layout:
-        _check_entry(entry)
+    check_layout(layout)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     with_head = any(entry["path"].startswith(prefix) for entry in layout)
+    replaced: set[str] = set()
+    above: set[str] = set()
     for entry in layout:
         if with_head and not entry["path"].startswith(prefix) and not _has(model, entry["path"]):
             continue  # part of a head that this class of model does not have
         path = _path_in(model, entry["path"])
+        if path in replaced or path in above:
+            # A module is built once, so that the work is bounded by the model's size, not the layout's.
+            wrong = "twice" if path in replaced else "after a part of it"
+            raise CheckpointError(
+                f"the layout replaces {path!r} {wrong}: expected every module once, parents before children. "
+                "The layout is damaged. Download or compress again."
+            )
+        replaced.add(path)
+        above.update(path[:place] for place, character in enumerate(path) if character == ".")
         model.set_submodule(path, build_module(model.get_submodule(path), entry))
     _tie_heads(model)
     connect(model)
+
+
+def check_layout(layout: Any) -> None:
+    """Whether a layout is a list of entries of known types, before any model is looked at.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not isinstance(layout, list) or not layout:
+        raise CheckpointError("the checkpoint's quantization_config has no `layout`: it is damaged. Compress again.")
+    for entry in layout:
+        _check_entry(entry)
 
 
 def _tie_heads(model: Any) -> None:
@@ -103,8 +126,11 @@ def _tie_heads(model: Any) -> None:
             continue
         tie, old = getattr(model.get_submodule(table), "tied_head", None), model.get_submodule(head)
         if tie is not None and type(old) not in _MODULE_TYPES.values():
-            model.set_submodule(head, tie(old, table))
-        elif hasattr(old, "source_path"):
+            try:
+                model.set_submodule(head, tie(old, table))
+            except ValueError as error:
+                raise CheckpointError(f"{head!r}, which the config ties to {table!r}, {error}.") from error
+        elif getattr(old, "source_path", None) is not None:
             continue
         elif tie is not None or type(old) in _MODULE_TYPES.values():
             raise CheckpointError(
@@ -149,11 +175,12 @@ def disconnect(model: Any) -> None:
 
 
 def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    """Whether a path names a module by the names of its parents. Torch's `get_submodule` also goes through properties,
+    such as `base_model`, which lead to one module under any number of paths."""
+    module: nn.Module | None = model
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module is not None
 
 
 def _path_in(model: nn.Module, path: str) -> str:
@@ -172,9 +199,10 @@ def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
     """The module that a layout entry describes, in place of `dense`. Raises `CheckpointError` if it does not fit."""
     try:
         module: nn.Module = _MODULE_TYPES[entry["type"]].from_spec(dense, entry["spec"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         detail = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"layout entry of {entry['path']!r} ({entry['type']}): {detail}.") from error
+        shown = detail if len(detail) <= _SHOWN else f"{detail[:_SHOWN]}..."
+        raise CheckpointError(f"layout entry of {entry['path']!r} ({entry['type']}): {shown}.") from error
     reference = next(dense.parameters(), None)
     for parameter in module.parameters():
         wanted = reference is None or reference.requires_grad
@@ -184,11 +212,11 @@ def build_module(dense: nn.Module, entry: dict[str, Any]) -> nn.Module:
 
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict) or set(entry) != {"path", "type", "spec"}:
-        raise CheckpointError(f"a layout entry must have exactly `path`, `type` and `spec`, got {entry!r}.")
+        raise CheckpointError(f"a layout entry must have exactly `path`, `type` and `spec`, got {short(entry)}.")
     path, kind, spec = entry["path"], entry["type"], entry["spec"]
-    if not isinstance(path, str) or not path or not isinstance(spec, dict):
-        raise CheckpointError(f"layout entry {entry!r}: `path` must be a module path and `spec` an object.")
-    if kind in _ON_DEMAND and kind not in _MODULE_TYPES:
+    if not is_path(path) or not isinstance(spec, dict):
+        raise CheckpointError(f"layout entry {short(entry)}: `path` must be a module path and `spec` an object.")
+    if isinstance(kind, str) and kind in _ON_DEMAND and kind not in _MODULE_TYPES:
         home, extra = _ON_DEMAND[kind]
         try:
             importlib.import_module(home)
@@ -199,18 +227,38 @@ def _check_entry(entry: Any) -> None:
             ) from error
     if not isinstance(kind, str) or kind not in _MODULE_TYPES:
         raise CheckpointError(
-            f"layout entry of {path!r} has module type {kind!r}, which this version of hf_compress does not know "
+            f"layout entry of {path!r} has module type {short(kind)}, which this version of hf_compress does not know "
             f"(known: {sorted(_MODULE_TYPES)}). Update hf_compress if the checkpoint is newer."
         )
 
 
-def check_loaded(model: nn.Module) -> None:
-    """After loading: every tensor of a replaced module came from the checkpoint. Transformers fills in whatever the
-    memory holds for those that did not, and marks those that did.
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes that the tensors of a skeleton have, for `check_loaded`."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor.dtype for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def check_loaded(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """After loading: every tensor of a replaced module came from the checkpoint, and every tensor has the kind that
+    the model computes with. Transformers fills in whatever the memory holds for those that did not come, marks those
+    that did, and casts floats but leaves integers, truth values and complex numbers as the file has them.
+
+    Args:
+        dtypes: of the skeleton before loading.
 
     Raises:
-        CheckpointError: a tensor is missing.
+        CheckpointError: a tensor is missing, or of another kind.
     """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        expected = dtypes.get(name)
+        if expected is None:
+            continue  # tied since then, or no tensor
+        fits = tensor.is_floating_point() if expected.is_floating_point else tensor.dtype == expected
+        if not tensor.is_meta and not fits:
+            raise CheckpointError(
+                f"the checkpoint's tensor {name!r} is of {tensor.dtype}, expected {expected}: it is damaged. Download "
+                "or compress again."
+            )
     for path, module in model.named_modules():
         if type(module) not in _MODULE_TYPES.values():
             continue
@@ -236,9 +284,10 @@ def check_tensors(model: nn.Module) -> None:
 def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:
     """An integer field of a spec within 1 to `largest`. Raises `ValueError` with both numbers."""
     value = spec[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-        raise ValueError(f"`{name}` must be an integer from 1 to {largest}, got {value!r}")
-    return value
+    if not is_integer(value, 1, largest):
+        raise ValueError(f"`{name}` must be an integer from 1 to {largest}, got {short(value)}")
+    found: int = value
+    return found
 
 
 def stood_on(dense: nn.Module, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ConfigurationError
@@ -18,6 +21,27 @@ def check_output(out: Path) -> None:
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir():
         raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill in place of `out`, which is there, whole, once the context ends without an exception. What a
+    killed process has left of an earlier attempt goes.
+
+    Raises:
+        ConfigurationError: as `check_output`.
+    """
+    check_output(out)
+    scratch = out.absolute().with_name(f".{out.absolute().name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import MethodType
 from typing import Any
 
@@ -13,12 +14,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.output_capturing import install_output_capuring_hook
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checked import DEPTH, is_integer, is_nested_deeper, short
 from .configuration import QUANT_METHOD, CompressionConfig
 from .engine.compress import compress, prepare
-from .engine.report import CompressionReport
 from .errors import CheckpointError, CompressionError
 from .integration import commit_of, current_load_arguments
-from .layout import FORMAT_VERSION, check_loaded, check_tensors, disconnect, layout_of, replay
+from .layout import FORMAT_VERSION, check_loaded, check_tensors, disconnect, dtypes_of, layout_of, replay
+from .provenance import report_in
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -33,6 +35,7 @@ class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
+        /,
         recipe: Any = None,
         layout: Any = None,
         provenance: Any = None,
@@ -40,13 +43,25 @@ class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION or format_version < 1:
+        if not is_integer(format_version, 1, FORMAT_VERSION):
             raise CheckpointError(
-                f"the checkpoint has format_version {format_version!r}, this hf_compress knows up to "
+                f"the checkpoint has format_version {short(format_version)}, this hf_compress knows up to "
                 f"{FORMAT_VERSION}. Update hf_compress to load it."
             )
         if unknown:
-            raise CheckpointError(f"unknown fields {sorted(unknown)} in the checkpoint's quantization_config.")
+            raise CheckpointError(f"unknown fields {short(sorted(unknown))} in the checkpoint's quantization_config.")
+        for name, value in (("recipe", recipe), ("layout", layout), ("provenance", provenance)):
+            kind = list if name == "layout" else dict
+            if value is not None and not isinstance(value, kind):
+                raise CheckpointError(
+                    f"the checkpoint's `{name}` is a {type(value).__name__}, expected a {kind.__name__}: it is "
+                    "damaged. Download or compress again."
+                )
+            if is_nested_deeper(value):
+                raise CheckpointError(
+                    f"the checkpoint's `{name}` is nested deeper than {DEPTH} levels, which hf_compress never writes: "
+                    "it is damaged. Download or compress again."
+                )
         self.quant_method = quant_method
         self.format_version = format_version
         self.recipe = recipe or {}
@@ -67,21 +82,24 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     """Serves `from_pretrained` for compressed checkpoints and for recipes given as `quantization_config`."""
 
     requires_calibration = False
+    _dtypes: dict[str, torch.dtype]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             # A recipe's dictionary or object; raises before any weight is read.
             CompressionConfig.wrap(self.quantization_config)
-            device_map = kwargs.get("device_map")
-            if isinstance(device_map, dict) and {"disk", "meta"} & {str(device) for device in device_map.values()}:
-                raise CompressionError(
-                    "compressing a model that is offloaded to disk is not supported. Load it with device_map=None or "
-                    "onto devices that hold it; the compressed result can be offloaded."
-                )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
+            strange = [file for file in kwargs.get("checkpoint_files") or [] if not str(file).endswith(".safetensors")]
+            if strange:
+                # Transformers also reads files that are pickled.
+                raise CheckpointError(
+                    f"the tensors of the compressed checkpoint are in {os.path.basename(strange[0])!r}, expected "
+                    "safetensors. Compress again, or ask its author for that format."
+                )
             replay(model, self.quantization_config.layout)
+            self._dtypes = dtypes_of(model)
             if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
                 # Tables that are trained stay in float32, whatever the model's dtype.
                 model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
@@ -96,7 +114,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
-            check_loaded(model)
+            check_loaded(model, self._dtypes)
             check_tensors(model)
             self.attach(model)
             return model
@@ -114,7 +132,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         # Transformers refuses `.half()` and `.float()` where this is true; our tensors are cast like any others.
         model.is_quantized = False
         if not hasattr(model, "compression_report"):
-            model.compression_report = CompressionReport.from_provenance(self.quantization_config.provenance)
+            model.compression_report = report_in(self.quantization_config.provenance)
         for module in list(model.modules()):
             for name, value in getattr(module, "model_flags", {}).items():
                 setattr(model, name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -28,7 +29,8 @@ from hf_compress.hub.card import card_data, check_metadata, render_card, render_
 from hf_compress.hub.facts import Facts, facts_of_folder, facts_of_model
 from hf_compress.hub.figure import layer_figure
 from hf_compress.hub.measured import Evaluation
-from hf_compress.hub.merge import choose, is_generic, merge
+from hf_compress.hub.merge import choose, inherited_from, is_generic, merge
+from hf_compress.hub.publish import keep_report
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_DATA = {
@@ -258,7 +260,7 @@ def test_results_of_others_stay(facts: Facts) -> None:
     [
         lambda card: card.replace("<!-- hf_compress: end -->", ""),
         lambda card: card + card[card.index("<!-- hf_compress: begin") :],
-        lambda card: card.replace('begin {"edited": false', "begin {"),
+        lambda card: card.replace("begin {", "begin {{"),
         lambda card: card.replace("library_name: transformers", "library_name: [transformers"),
     ],
 )
@@ -337,9 +339,110 @@ def test_a_portable_model_keeps_its_report(tmp_path: Path) -> None:
     found = facts_of_model(model)
     assert found is not None and not found.needs_package
     model.save_pretrained(tmp_path)
+    (tmp_path / "compression_report.json").unlink(missing_ok=True)
     with pytest.raises(ConfigurationError, match="holds no model that hf_compress has compressed"):
         folder_card(tmp_path)
-    (tmp_path / "compression_report.json").write_text(json.dumps(found.to_dict()))
+    # As an earlier version wrote it, without the recipe.
+    (tmp_path / "compression_report.json").write_text(json.dumps(replace(found, recipe=None).to_dict()))
     names = prepare_folder(tmp_path, options=Options(figures=False))
     assert names == ["README.md", "compression_report.json"]
     assert "needs no other package" in (tmp_path / "README.md").read_text()
+
+
+def test_a_portable_model_has_its_recipe(tmp_path: Path) -> None:
+    """Its config has no place for one: it rides on the model, and lies beside the weights."""
+    stages = recipe(portable=True, reduction=0.3)
+    model = hf_compress.compress(make_model("llama"), stages)
+    # The engine leaves it there.
+    kept = {"recipe": CompressionConfig.wrap(stages).to_dict(), "provenance": {"calibration": [HUB_DATA]}}
+    model.compression_record = kept
+    model.save_pretrained(tmp_path)
+    assert keep_report(model, tmp_path)
+    card = folder_card(tmp_path)
+    assert (
+        "30 % of the weights" in card and "--recipe recipe.yaml" in card and "not recorded." not in card.split("##")[2]
+    )
+    assert "recipe.yaml" in prepare_folder(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml")[0].to_dict() == kept["recipe"]
+    assert not keep_report(compressed("llama"), tmp_path), "others have it in their config"
+    assert not keep_report(make_model("llama"), tmp_path)
+
+
+def test_a_model_that_was_made_dense_again_has_no_card() -> None:
+    assert facts_of_model(compressed("llama").dequantize()) is None
+
+
+def test_the_license_of_a_local_base(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nlanguage: [de, en]\n---\n\n# The base\n")
+    folder = tmp_path / "small"
+    compressed("llama").save_pretrained(folder)
+    runner = CliRunner()
+    unknown = "license of the base is not known"
+    assert unknown in runner.invoke(app, ["card", str(folder)]).output
+    refused = runner.invoke(app, ["card", str(folder), "--base", str(folder)])
+    assert refused.exit_code == 2 and "holds no README.md" in refused.output
+    named = runner.invoke(app, ["card", str(folder), "--license", "openrail"]).output
+    assert metadata(named)["license"] == "openrail" and unknown not in named
+    assert runner.invoke(app, ["card", str(folder), "--write", "--base", str(tmp_path / "base")]).exit_code == 0
+    card = (folder / "README.md").read_text()
+    assert (metadata(card)["license"], metadata(card)["language"]) == ("mit", ["de", "en"]) and unknown not in card
+    assert "The base" not in card
+    # Later nobody has to say it again, and what somebody writes by hand is known as well.
+    assert folder_card(folder) == card
+    (folder / "README.md").write_text(card.replace("license: mit", "license: gemma"))
+    again = folder_card(folder)
+    assert metadata(again)["license"] == "gemma" and unknown not in again
+
+
+def test_a_license_is_not_taken_over_from_another_base(facts: Facts) -> None:
+    first = replace(facts, provenance={**facts.provenance, "base_commit": None})
+    card = render_card(first)
+    assert inherited_from(card, "org/base") == {"license": "mit"}
+    assert inherited_from(card, "org/other") == {}
+    assert inherited_from(card.replace("license: mit", "license: openrail"), "org/other") == {"license": "openrail"}
+    assert inherited_from("---\nlicense: [mit, openrail]\n---\n", "x") == {}
+    assert inherited_from(None, "x") == {}
+
+
+def test_a_trained_model_is_what_its_class_is(tmp_path: Path) -> None:
+    """An encoder for sentences that was tuned to classify them is no encoder for sentences any more."""
+    stage = hf_compress.PruningConfig(sparsity=0.5, criterion="sensitivity", schedule="cubic", end_step=10)
+    tuned = Facts(
+        CompressionConfig.wrap(stage).to_dict(), {}, None, True, "BertForSequenceClassification", trained=True
+    )
+    tuned = replace(tuned, base_card={"pipeline_tag": "sentence-similarity"})
+    card = render_card(tuned)
+    assert metadata(card)["pipeline_tag"] == "text-classification"
+    assert "Not measured: bytes on disk (weights), peak memory (bytes).\n" in card, "a classifier has no perplexity"
+    score = {"value": 0.8, "count": 872, "standard_error": 0.0135, "note": "one seed"}
+    content = {"small": {"parameters": 1, "scores": {"SST-2 accuracy": score}}}
+    card = render_card(replace(tuned, evaluation=Evaluation.load(content)))
+    assert "SST-2 accuracy: 872 examples, standard error about 0.0135, one seed." in card
+    # A Trainer leaves its arguments beside the weights, and the folder's card says that it was trained.
+    compressed("llama").save_pretrained(tmp_path)
+    assert "It was trained with" not in folder_card(tmp_path)
+    (tmp_path / "training_args.bin").touch()
+    assert "It was trained with" in folder_card(tmp_path)
+    assert "A training was part of it" in folder_card(tmp_path)
+
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+
+
+def test_the_finished_cards() -> None:
+    """Each was measured, stands in the list, shows its figure, and is made by one command."""
+    made = {card.name for card in runpy.run_path(str(CARDS / "make.py"))["CARDS"].values()}
+    finished = {path.stem: path.read_text() for path in CARDS.glob("*.md") if path.name != "README.md"}
+    listed = re.findall(r"^\| \[([^]]+)\]\(([^)]+)\) \|", (CARDS / "README.md").read_text(), re.MULTILINE)
+    assert finished and {name for name, _ in listed} == finished.keys() <= made
+    assert all(link == f"{name}.md" for name, link in listed)
+    for name, card in finished.items():
+        check_metadata(ModelCard(card).data)
+        data = metadata(card)
+        assert data["license"] and data["model-index"][0]["results"], name
+        assert "## Before and after" in card and "| bytes on disk (weights) |" in card, name
+        figures = re.findall(r"^!\[.*\]\((.*\.svg)\)$", card, re.MULTILINE)
+        assert figures == [f"{name}.svg"]
+        ElementTree.parse(CARDS / figures[0])
+        assert not re.search(r"/(?:tmp|home|root|work)\b", card), name

@@ -89,7 +89,7 @@ class CalibrationConfig(StrictModel):
     batch_size: int = Field(default=8, ge=1, strict=True)
     streaming: bool = False
 
-    def __init__(self, dataset: Any = None, **data: Any) -> None:
+    def __init__(self, /, dataset: Any = None, **data: Any) -> None:
         if dataset is None:
             raise ConfigurationError(
                 f"CalibrationConfig: `dataset` is missing; say what to calibrate on, such as {EXAMPLE_LINE}."

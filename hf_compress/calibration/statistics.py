@@ -45,7 +45,17 @@ def gram(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
             for start in range(0, size, COLUMNS_PER_STRIP):
                 strip = wide[:, start : start + COLUMNS_PER_STRIP].T @ wide[:, start:]
                 total[start : start + COLUMNS_PER_STRIP, start:] += strip.to(total.device)
-    return total.triu() + total.triu(1).T
+    return _mirrored(total)
+
+
+def _mirrored(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Fill the lower half from the upper one, in place and strip by strip: a Gram may be a gigabyte."""
+    for start in range(0, len(upper), COLUMNS_PER_STRIP):
+        strip = upper[start : start + COLUMNS_PER_STRIP, start:]
+        corner = strip[:, : len(strip)]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[start + COLUMNS_PER_STRIP :, start : start + COLUMNS_PER_STRIP] = strip[:, len(strip) :].T
+    return upper
 
 
 def head_grams(rows: Float[Tensor, "tokens heads d"]) -> Float[Tensor, "heads d d"]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigurationError
 from . import recipe as options
 from .console import command, say
 
@@ -19,6 +20,12 @@ def card(
         Path | None, typer.Option(help="What `hf-compress eval BASE PATH --json` printed, in a file.")
     ] = None,
     evaluation_data: Annotated[str | None, typer.Option(help="Name of the text that was measured on.")] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="License of the base, such as apache-2.0, where no card says it.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, whose card names license, task and language.")
+    ] = None,
     write: Annotated[
         bool,
         typer.Option("--write", help="Write it into PATH, with report, figure and recipe, instead of printing it."),
@@ -28,7 +35,9 @@ def card(
     """Print the card of the compressed model in PATH. What somebody wrote around our section stays."""
     from ..hub import Options, folder_card, prepare_folder
 
-    chosen = Options(evaluation=evaluation, evaluation_data=evaluation_data)
+    if base is not None and not (base / "README.md").is_file():
+        raise ConfigurationError(f"--base {base.name!r} holds no README.md to read. --license names it.")
+    chosen = Options(evaluation=evaluation, evaluation_data=evaluation_data, license=license_id, base=base)
     if write:
         names = prepare_folder(path, repo_id=repo_id, options=chosen)
         say(f"Wrote {', '.join(names)} into {path}.")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..output import check_output
+from ..errors import ConfigurationError
+from ..output import check_output, whole_folder
 from . import recipe as options
 from .console import command, say, stdout
+
+if TYPE_CHECKING:
+    from ..engine.report import CompressionReport
 
 
 @command
@@ -58,6 +62,13 @@ def run(
     device_map: options.DeviceMap = None,
     working_directory: Annotated[
         Path | None, typer.Option(help="Keeps finished blocks, so that an interrupted run resumes.")
+    ] = None,
+    keep_activations: Annotated[
+        bool, typer.Option(help="Keep hidden states in the working directory: resuming runs no finished block again.")
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Go through the checkpoint block by block, and take no more than e.g. 6GB in all."),
     ] = None,
     revision: options.Revision = None,
     gguf_file: options.GgufFile = None,
@@ -115,7 +126,6 @@ def run(
 
     from ..calibration.sources import check_local_data
     from ..engine.freed import keep_heap_small
-    from ..evaluation import size_on_disk
     from .loading import is_compressed, load_model, load_tokenizer
 
     keep_heap_small()
@@ -123,6 +133,23 @@ def run(
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
     tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
+    if max_memory is not None:
+        if device_map is not None or gguf_file is not None:
+            raise ConfigurationError("--max-memory goes without --device-map and --gguf-file.")
+        report = hf_compress.compress_checkpoint(
+            model,
+            out,
+            recipe,
+            processing_class=tokenizer,
+            calibration=calibration,
+            working_directory=working_directory,
+            max_memory=max_memory,
+            keep_activations=keep_activations,
+            dtype=dtype,
+            revision=revision,
+        )
+        _finish(report, out)
+        return
     if device_map is None and gguf_file is None and not is_compressed(model, revision):
         planned = hf_compress.plan(
             model, recipe, calibration=calibration, measure_time=False, dtype=dtype, revision=revision
@@ -130,9 +157,21 @@ def run(
         planned.require_memory()
     dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
     compressed = hf_compress.compress(
-        dense, recipe, processing_class=tokenizer, calibration=calibration, working_directory=working_directory
+        dense,
+        recipe,
+        processing_class=tokenizer,
+        calibration=calibration,
+        working_directory=working_directory,
+        keep_activations=keep_activations,
     )
-    stdout().print(str(compressed.compression_report), highlight=False, markup=False)
-    compressed.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with whole_folder(out) as scratch:
+        compressed.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    _finish(compressed.compression_report, out)
+
+
+def _finish(report: CompressionReport, out: Path) -> None:
+    from ..evaluation import size_on_disk
+
+    stdout().print(str(report), highlight=False, markup=False)
     say(f"Saved to {out} ({size_on_disk(out).weights:,} bytes of weights)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..anatomy import ModelAnatomy
 from ..errors import CalibrationError, NumericalError, UnsupportedModelError
+from .activations import Activations
 
 Batch = dict[str, Tensor]
 # Rows of logits turned to float32 at once.
@@ -70,9 +73,10 @@ class BlockStream:
     Args:
         anatomy: where the blocks are.
         batches: keyword arguments of the model's forward, one dictionary a batch.
+        folder: where hidden states are kept; `None` for memory.
     """
 
-    def __init__(self, anatomy: ModelAnatomy, batches: list[Batch]) -> None:
+    def __init__(self, anatomy: ModelAnatomy, batches: list[Batch], folder: Path | None = None) -> None:
         if anatomy.record.repeated and batches:
             raise UnsupportedModelError(
                 f"{type(anatomy.model).__name__} runs every block several times, and calibration goes through each "
@@ -80,7 +84,7 @@ class BlockStream:
             )
         self.anatomy = anatomy
         self.batches = batches
-        self.hidden: list[Tensor] = []
+        self.hidden = Activations(folder)
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         blocks = [anatomy.block(index) for index in range(len(anatomy))]
         model = anatomy.model.base_model
@@ -112,13 +116,14 @@ class BlockStream:
         """A stream at the same place with the same arguments, to be moved on its own."""
         other = object.__new__(BlockStream)
         other.anatomy, other.batches = self.anatomy, self.batches
-        other.hidden, other._arguments = list(self.hidden), self._arguments
+        other.hidden, other._arguments = self.hidden.copy(), self._arguments
         return other
 
     def by_sequence(self) -> BlockStream:
         """The same place, every sequence (or image) a batch of its own."""
         other = object.__new__(BlockStream)
-        other.anatomy, other.batches, other.hidden, other._arguments = self.anatomy, [], [], []
+        other.anatomy, other.batches, other._arguments = self.anatomy, [], []
+        other.hidden = Activations(self.hidden.folder)
         for batch, hidden, calls in zip(self.batches, self.hidden, self._arguments, strict=True):
             for row in range(len(hidden)):
                 rows = slice(row, row + 1)
@@ -144,15 +149,16 @@ class BlockStream:
         """Within the context, `real_tokens` leaves out the padding of a batch."""
         return text_positions(self.batches[batch])
 
-    def advance(self, index: int) -> None:
+    def advance(self, index: int, check: bool = True) -> None:
         """Move every batch through block `index`.
 
         Raises:
-            NumericalError: non-finite activations, with the name of the block.
+            NumericalError: non-finite activations, with the name of the block, unless they were checked before.
         """
         for batch in range(len(self)):
-            self.hidden[batch] = require_finite(
-                self.run(index, batch), f"output of {self.anatomy.block_paths[index]!r}"
+            output = self.run(index, batch)
+            self.hidden[batch] = (
+                require_finite(output, f"output of {self.anatomy.block_paths[index]!r}") if check else output
             )
 
     def final_loss(self) -> float:
@@ -196,7 +202,9 @@ def run_until(model: nn.Module, batches: list[Batch], path: str, tokens: int) ->
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The part of a batch that `model` takes, on its device, without a cache."""
     known = inspect.signature(model.forward).parameters
-    device = next(model.parameters()).device
+    # Blocks that are offloaded are on the meta device between their turns.
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     dtype: Any = model.dtype
     inputs: dict[str, Any] = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None)

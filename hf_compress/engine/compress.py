@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +19,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
+from ..anatomy import ModelAnatomy, resolve_anatomy
 from ..calibration.configuration import CalibrationConfig
-from ..calibration.data import CalibrationData, load_calibration_data, warn_if_few_tokens
 from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
-from .distributed import Outcome, on_one_process
+from .distributed import Outcome, on_one_process, several_processes
+from .inputs import Inputs, is_hub_id
 from .order import check_order, continues
 from .registry import create_method, method_class
 from .report import CompressionReport, ModuleReport
+from .residency import Residency
 from .resume import ResumePoint, model_checksum
 from .session import Method, Session
 from .walk import walk
@@ -40,6 +45,8 @@ def compress(
     calibration: CalibrationConfig | Any = None,
     working_directory: str | Path | None = None,
     load_arguments: dict[str, Any] | None = None,
+    activations_on_disk: bool = False,
+    keep_activations: bool = False,
 ) -> PreTrainedModel:
     """Compress a model in place and return it, ready for `generate`, training and `save_pretrained`.
 
@@ -52,6 +59,11 @@ def compress(
         working_directory: keeps a resume point after every block. The same call on the same inputs goes on from there.
         load_arguments: `revision`, `token`, `cache_dir`, `subfolder`, `gguf_file` for the implicit load of the
             `processing_class`.
+        activations_on_disk: keep the hidden states of the calibration data in files instead of memory, in the
+            working directory or a temporary folder.
+        keep_activations: write the hidden states into the working directory after every block, so that a run that goes
+            on need not run the finished blocks again. They take tokens times hidden size numbers, twice in sequential
+            order.
 
     Returns:
         The same model, with `compression_report` attached.
@@ -68,6 +80,10 @@ def compress(
     _require_dense(model, goes_on)
     anatomy, methods, sources = prepare(model, recipe, calibration)
     _require_finite_weights(model)
+    residency = _residency(anatomy, methods)
+    directory = None if working_directory is None else Path(working_directory)
+    if keep_activations and directory is None:
+        raise ConfigurationError("keep_activations=True keeps them in a working_directory; name one.")
     base = str(getattr(model.config, "name_or_path", "") or "")
     before = count_weights(anatomy)
     attached = {name: model.__dict__.get(name) for name in ("hf_quantizer", "compression_report")}
@@ -75,9 +91,10 @@ def compress(
     earlier = _reopen(model, recipe) if goes_on else []
 
     def run() -> Outcome:
-        return _run(
-            model, recipe, anatomy, sources, processing_class, load_arguments or {}, working_directory, base, before
-        )
+        inputs = Inputs(processing_class, load_arguments or {}, base)
+        with _folder_of_activations(directory) if activations_on_disk else nullcontext() as activations:
+            places = _Places(directory, keep_activations, activations)
+            return _run(model, recipe, sources, inputs, places, residency, before)
 
     def untouched() -> bool:
         """After a failure: give a model that is as it was its quantizer and report back."""
@@ -89,7 +106,7 @@ def compress(
         return True
 
     # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, untouched):
+    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, untouched), _taken_over(residency):
         report, provenance, _ = on_one_process(model, run)
         for method in methods:
             method.finish()
@@ -112,7 +129,8 @@ def _interruptible(model: nn.Module, untouched: Callable[[], bool]) -> Iterator[
 
     Keeping the dense modules until the end would make this a plain undo, at the price of the whole model's memory.
     """
-    modes = {module: module.training for module in model.modules()}
+    # Weakly: the dense modules that are replaced go, with their weights.
+    modes = weakref.WeakKeyDictionary({module: module.training for module in model.modules()})
     model.eval()
     try:
         yield
@@ -155,31 +173,41 @@ def prepare(
     return anatomy, methods, sources
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where a run keeps things: `resume` the finished blocks, with or without hidden states beside them, `activations`
+    hidden states that are not to be in memory."""
+
+    resume: Path | None
+    keep_activations: bool
+    activations: Path | None
+
+
 def _run(
     model: PreTrainedModel,
     recipe: CompressionConfig,
-    anatomy: ModelAnatomy,
     sources: list[CalibrationConfig | None],
-    processing_class: Any,
-    load_arguments: dict[str, Any],
-    working_directory: str | Path | None,
-    base: str,
+    inputs: Inputs,
+    places: _Places,
+    residency: Residency | None,
     before: tuple[int, int, int],
 ) -> Outcome:
-    checksum = model_checksum(model) if working_directory is not None else None
+    directory = places.resume
+    checksum = None if directory is None else model_checksum(model, residency)
+    if residency is not None and directory is None:
+        directory = residency.folder()
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}
     left_alone: list[str] = []
     changed: list[str] = []
-    provenance = describe_run(base, model)
+    provenance = describe_run(inputs.base, model)
     for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
         # The stage before has changed the structure: a method looks at the model as it is now.
         anatomy = resolve_anatomy(model)
         if position:
             method_class(stage).reopen(model, stage)
         method = create_method(stage, anatomy)
-        data = _load_data(model, method, source, processing_class, load_arguments, base)
-        directory = None if working_directory is None else Path(working_directory) / f"stage-{position}"
+        data = inputs.load(model, method, source)
         fingerprint = {
             "recipe": hashlib.sha256(json.dumps(stage.to_dict(), sort_keys=True).encode()).hexdigest(),
             "model": checksum,
@@ -187,8 +215,11 @@ def _run(
             "versions": provenance["versions"],
             "machine type": platform.machine(),
         }
-        resume = ResumePoint(directory, fingerprint)
-        session = Session(anatomy, data.batches if data else [], data.held_out if data else [])
+        stage_directory = None if directory is None else directory / f"stage-{position}"
+        resume = ResumePoint(stage_directory, fingerprint, places.keep_activations)
+        session = Session(
+            anatomy, data.batches if data else [], data.held_out if data else [], residency, places.activations
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stage.seed)
             _survey(method, session, resume)
@@ -199,7 +230,7 @@ def _run(
         if data is not None:
             notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
-    after = count_weights(anatomy)
+    after = count_weights(resolve_anatomy(model))
     report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
     return report, provenance, changed
 
@@ -207,11 +238,26 @@ def _run(
 def describe_run(base: str, model: PreTrainedModel) -> dict[str, Any]:
     """The provenance of a compression, before any data is read."""
     return {
-        "base_model": base if _is_hub_id(base) else Path(base).name,
+        "base_model": base if is_hub_id(base) else Path(base).name,
         "base_commit": getattr(model.config, "_commit_hash", None),
         "versions": {name: version(name) for name in ("hf_compress", "torch", "transformers")},
         "calibration": [],
     }
+
+
+@contextmanager
+def _folder_of_activations(directory: Path | None) -> Iterator[Path]:
+    """Gone at the end; what a killed run has left goes at the start."""
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="hf_compress-") as temporary:
+            yield Path(temporary)
+        return
+    folder = directory / "activations"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
@@ -237,6 +283,8 @@ def attach_result(
     from ..quantizer import CompressedModelConfig, CompressionQuantizer
 
     model.compression_report = report
+    # For the card of a portable model, whose config tells nothing.
+    model.compression_record = {"recipe": recipe, "provenance": provenance}
     if not layout_of(model) and report.parameters_after == report.parameters_before:
         return
     model.name_or_path = model.config.name_or_path = ""
@@ -254,57 +302,6 @@ def _calibration_for(stage: MethodConfig, recipe: CompressionConfig, override: A
     if override is not None:
         return override if isinstance(override, CalibrationConfig) else CalibrationConfig(override)
     return stage.calibration or recipe.calibration
-
-
-def _load_data(
-    model: PreTrainedModel,
-    method: Method[Any, Any],
-    source: CalibrationConfig | None,
-    processing_class: Any,
-    load_arguments: dict[str, Any],
-    base: str,
-) -> CalibrationData | None:
-    if not method.needs_calibration:
-        return None
-    assert source is not None
-    if processing_class is None and _reads_texts(source):
-        processing_class = _load_processing_class(base, load_arguments)
-    config = text_config(model)
-    data = load_calibration_data(
-        source,
-        processing_class,
-        vocab_size=getattr(config, "vocab_size", None),
-        max_length=getattr(config, "max_position_embeddings", None),
-        token=load_arguments.get("token"),
-        cache_dir=load_arguments.get("cache_dir"),
-    )
-    if all("input_ids" in batch for batch in data.batches):  # images have many positions each, and no count of them
-        warn_if_few_tokens(data.num_tokens, method.expect().largest_gram)
-    return data
-
-
-def _reads_texts(source: CalibrationConfig) -> bool:
-    if source.kind == "mixture":
-        return any(_reads_texts(part) for part in source.dataset)
-    return source.data_collator is None and source.kind != "tokens"
-
-
-def _load_processing_class(base: str, load_arguments: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base, **load_arguments)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            "the calibration texts need a tokenizer and none could be loaded from "
-            f"{base or 'a model without a name'!r} ({error}). "
-            "Pass processing_class=tokenizer to compress(), or calibrate on token ids."
-        ) from error
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether a model's name may stand in a published file: a path of this machine may not."""
-    return name.count("/") <= 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
 
 
 def _require_dense(model: PreTrainedModel, goes_on: bool) -> None:
@@ -330,15 +327,47 @@ def _require_dense(model: PreTrainedModel, goes_on: bool) -> None:
             f"the model is quantized with {getattr(method, 'value', method)}; its weights are not plain matrices. "
             "Load the original in float32 or bfloat16 and compress that."
         )
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None:
-        raise UnsupportedModelError(
-            f"{meta!r} is on the meta device: the model is offloaded or has no weights. Load it whole with "
-            "device_map=None or onto devices that hold it."
+
+
+def _residency(anatomy: ModelAnatomy, methods: list[Method[Any, Any]]) -> Residency | None:
+    """What brings a model's offloaded blocks into memory; `None` where all of it is there."""
+    residency = Residency(anatomy)
+    if not residency:
+        return None
+    for method in methods:
+        if method.needs_whole_model is not None:
+            raise ConfigurationError(
+                f"the model is offloaded, and {type(method.config).__name__} {method.needs_whole_model}. Load the "
+                "model whole with device_map=None or onto devices that hold it."
+            )
+    packed = {entry["type"] for entry in layout_of(anatomy.model)} - {"linear", "attention"}
+    if packed:
+        raise ConfigurationError(
+            f"the model is offloaded and holds modules of type {sorted(packed)}, which have to be unpacked first. "
+            "Load it whole, or compress its dense original."
         )
+    if several_processes():
+        raise ConfigurationError(
+            "the model is offloaded, and several processes would each fetch and compress its blocks. Start one "
+            "process."
+        )
+    return residency
+
+
+@contextmanager
+def _taken_over(residency: Residency | None) -> Iterator[None]:
+    """Within the context the blocks are fetched one by one; after it whenever they are called."""
+    if residency is None:
+        yield
+        return
+    residency.take_over()
+    try:
+        yield
+    finally:
+        residency.give_back()
 
 
 def _require_finite_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")

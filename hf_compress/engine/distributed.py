@@ -20,12 +20,17 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 Outcome = tuple[CompressionReport, dict[str, Any], list[str]]
 
 
+def several_processes() -> bool:
+    """Whether a launcher has started more than one process."""
+    return torch.distributed.is_initialized() or int(get_int_from_env(WORLD_SIZES, 1)) > 1
+
+
 def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
     """Call `run` on the main process and give every process its result and the replaced modules' tensors.
 
     The other processes wait; none compresses a copy of its own. An error of the main process is raised on all.
     """
-    if not torch.distributed.is_initialized() and get_int_from_env(WORLD_SIZES, 1) <= 1:
+    if not several_processes():
         return run()
     # As the launcher asks for it: without, a process on CPUs takes itself for the only one.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

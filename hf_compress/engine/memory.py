@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..calibration.configuration import CalibrationConfig
 from ..configuration import CompressionConfig
 from .blocks import LOGIT_ROWS
 from .session import Expectation, Method
-from .weights import count_weights
+from .weights import count_weights, stored_bytes
 
 # What the libraries keep beside tensors: packed operands of products, and memory that was freed and not returned.
 LIBRARIES = 64 * 2**20
@@ -68,44 +68,88 @@ class Workload:
         return cls(source.num_samples, length, source.batch_size, source.num_held_out)
 
 
-def peak_of_stage(
-    anatomy: ModelAnatomy, method: Method[Any, Any], expectation: Expectation
-) -> Callable[[Workload], int]:
+@dataclass(frozen=True)
+class StagePeak:
     """Bytes at the highest point of a stage by the amount of data: the model, the residual stream of all calibration
-    tokens, and one block's work. A sum of what is held at once, with the factors counted in the code that holds it."""
-    model, config = anatomy.model, text_config(anatomy.model)
-    width = int(next(model.parameters()).element_size())
-    hidden = int(getattr(config, "hidden_size", 0))
-    inner = max(int(getattr(config, "intermediate_size", 0) or 0), hidden)
-    vocabulary = int(getattr(config, "vocab_size", 0))
-    block = max(
-        sum(weight_count(model.get_submodule(path)) for path, _ in anatomy.block_matrices(index))
-        for index in range(len(anatomy))
-    )
-    base = count_weights(anatomy)[2] + expectation.growth_bytes + LIBRARIES
-    # A matrix is solved in float32 or more, and a block's new modules stand beside the dense ones.
-    solving = block * (4 + width) + expectation.statistics_bytes
-    streams = (3 if method.sequential else 2) if method.collects else 0
-    # Queries to outputs and two norms in float32; the MLP's three products and its inputs again for their sums.
-    a_token = hidden * (6 * width + 8) + inner * 4 * width
-    depth, needs_calibration = len(anatomy), method.needs_calibration
+    tokens, and one block's work. A sum of what is held at once, with the factors counted in the code that holds it.
 
-    def peak(workload: Workload) -> int:
-        if not needs_calibration:
-            return base + solving
-        held = base + streams * workload.tokens * hidden * width
-        running = workload.batch_tokens * a_token
-        if expectation.judges:
+    Args:
+        model_bytes: of the model and what the new modules take beyond their tensors.
+        outside_bytes, block_bytes: of what lies outside the blocks, and of the largest block with what its new modules
+            take beyond their tensors.
+        solving: what solving a block takes.
+        expectation: what the method says of itself.
+        needs_calibration, streams: whether it reads data, and how many residual streams run side by side.
+        width, hidden, inner, vocabulary, depth: bytes of a number, and sizes of the model.
+    """
+
+    model_bytes: int
+    outside_bytes: int
+    block_bytes: int
+    solving: int
+    expectation: Expectation
+    needs_calibration: bool
+    streams: int
+    width: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    depth: int
+
+    @classmethod
+    def of(cls, anatomy: ModelAnatomy, method: Method[Any, Any], expectation: Expectation) -> StagePeak:
+        model, config = anatomy.model, text_config(anatomy.model)
+        width = int(next(model.parameters()).element_size())
+        hidden = int(getattr(config, "hidden_size", 0))
+        blocks = [stored_bytes(anatomy.block(index)) for index in range(len(anatomy))]
+        weights = max(
+            sum(weight_count(model.get_submodule(path)) for path, _ in anatomy.block_matrices(index))
+            for index in range(len(anatomy))
+        )
+        everything = count_weights(anatomy)[2]
+        return cls(
+            model_bytes=everything + expectation.growth_bytes,
+            outside_bytes=everything - sum(blocks),
+            block_bytes=max(blocks) + expectation.growth_bytes // len(anatomy),
+            # A matrix is solved in float32 or more, and a block's new modules stand beside the dense ones.
+            solving=weights * (4 + width) + expectation.statistics_bytes,
+            expectation=expectation,
+            needs_calibration=method.needs_calibration,
+            streams=(2 if method.sequential else 1) if method.collects else 0,
+            width=width,
+            hidden=hidden,
+            inner=max(int(getattr(config, "intermediate_size", 0) or 0), hidden),
+            vocabulary=int(getattr(config, "vocab_size", 0)),
+            depth=len(anatomy),
+        )
+
+    def whole(self, workload: Workload) -> int:
+        """With the model in memory."""
+        return self.model_bytes + LIBRARIES + self._work(workload, workload.tokens)
+
+    def streamed(self, workload: Workload, *, in_files: bool) -> int:
+        """With one block in memory at a time; the residual stream in memory or in files."""
+        tokens = 0 if in_files else workload.tokens
+        return self.outside_bytes + self.block_bytes + LIBRARIES + self._work(workload, tokens)
+
+    def _work(self, workload: Workload, kept_tokens: int) -> int:
+        """What stands beside the model."""
+        if not self.needs_calibration:
+            return self.solving
+        hidden, width = self.hidden, self.width
+        # A batch is in memory twice where it is read from files and written anew.
+        held = (self.streams * kept_tokens + 2 * workload.batch_tokens) * hidden * width
+        # Queries to outputs and two norms in float32; the MLP's three products and its inputs again for their sums.
+        running = workload.batch_tokens * (hidden * (6 * width + 8) + self.inner * 4 * width)
+        if self.expectation.judges:
             # Every candidate has a stream of its own, and a sequence's logits are one tensor.
             held_out = workload.num_held_out * workload.sequence_length
-            held += CANDIDATES * min(held_out, JUDGED) * hidden * width
-            logits = vocabulary * (workload.sequence_length * width + LOGIT_ROWS * 12)
-            return held + max(solving + running, logits)
-        if expectation.gradient_tokens:
-            tokens = min(expectation.gradient_tokens, workload.batch_tokens)
-            kept = tokens * depth * (10 * hidden + 4 * inner) * width
-            logits = tokens * vocabulary * (2 * width + 8)
-            return held + max(solving + running, expectation.statistics_bytes + kept + logits)
-        return held + solving + running
-
-    return peak
+            held += CANDIDATES * min(held_out, JUDGED if kept_tokens else 0) * hidden * width
+            logits = self.vocabulary * (workload.sequence_length * width + LOGIT_ROWS * 12)
+            return held + max(self.solving + running, logits)
+        if self.expectation.gradient_tokens:
+            tokens = min(self.expectation.gradient_tokens, workload.batch_tokens)
+            kept = tokens * self.depth * (10 * hidden + 4 * self.inner) * width
+            logits = tokens * self.vocabulary * (2 * width + 8)
+            return held + max(self.solving + running, self.expectation.statistics_bytes + kept + logits)
+        return held + self.solving + running

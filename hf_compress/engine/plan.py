@@ -21,7 +21,7 @@ from ..calibration.configuration import CalibrationConfig
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of, replay
-from .memory import Workload, peak_of_stage
+from .memory import StagePeak, Workload
 from .order import check_order
 from .registry import create_method, method_class
 from .rehearsal import rehearse
@@ -62,6 +62,8 @@ class CompressionPlan:
         bytes_at_most: `bytes_on_disk` where the recipe alone decides; where data decides on sizes, what is never
             passed.
         peak_memory: bytes at the highest point of the run, model included.
+        streamed_memory: the same where the model is read block by block, as `compress_checkpoint` does.
+        streamed_memory_at_least: the same with the hidden states of the calibration data in files.
         seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
         workload: how much it is calibrated on.
         peak_for: the peak memory for another workload.
@@ -76,6 +78,8 @@ class CompressionPlan:
     bytes_on_disk: int
     bytes_at_most: int
     peak_memory: int
+    streamed_memory: int
+    streamed_memory_at_least: int
     seconds: float | None
     workload: Workload
     peak_for: Callable[[Workload], int] = field(repr=False, compare=False)
@@ -110,6 +114,11 @@ class CompressionPlan:
                     f"num_samples={workload.num_samples} and batch_size={workload.batch_size} would take "
                     f"{self.peak_for(workload) / 2**30:.2f} GiB."
                 )
+        if self.streamed_memory_at_least <= free:
+            return (
+                "no smaller calibration would fit either. Block by block it takes "
+                f"{self.streamed_memory_at_least / 2**30:.2f} GiB: compress_checkpoint(), or --max-memory."
+            )
         return "no smaller calibration would fit either. Load the model in bfloat16, or take a larger machine."
 
     def table(self) -> Table:
@@ -195,7 +204,7 @@ def plan(
         current = resolve_anatomy(skeleton)
         method = create_method(stage, current)
         expectation = method.expect()
-        peaks.append(peak_of_stage(current, method, expectation))
+        peaks.append(StagePeak.of(current, method, expectation))
         if expectation.layout:
             replay(skeleton, expectation.layout)
         slack += expectation.slack_bytes
@@ -204,7 +213,7 @@ def plan(
     seconds = rehearse(dense, recipe, workload) if measure_time or (measure_time is None and quick) else None
 
     def peak_for(workload: Workload) -> int:
-        return max(before[2], *(peak(workload) for peak in peaks))
+        return max(before[2], *(peak.whole(workload) for peak in peaks))
 
     return CompressionPlan(
         rows=tuple(_rows(resolve_anatomy(dense), skeleton)),
@@ -216,6 +225,8 @@ def plan(
         bytes_on_disk=after[2],
         bytes_at_most=after[2] + slack,
         peak_memory=peak_for(workload),
+        streamed_memory=max(peak.streamed(workload, in_files=False) for peak in peaks),
+        streamed_memory_at_least=max(peak.streamed(workload, in_files=True) for peak in peaks),
         seconds=seconds,
         workload=workload,
         peak_for=peak_for,
@@ -232,6 +243,12 @@ def _skeletons(
         return _meta_copy(model), _meta_copy(model)
     if not isinstance(model, (str, Path)):
         raise ConfigurationError(f"expected a Transformers model, an id or a path, got a {type(model).__name__}.")
+    skeleton = skeleton_of(model, dtype, load_arguments)
+    return skeleton, _meta_copy(skeleton)
+
+
+def skeleton_of(model: str | Path, dtype: str | torch.dtype, load_arguments: dict[str, Any]) -> PreTrainedModel:
+    """A dense checkpoint's model on the meta device, from its config alone. Raises `ConfigurationError`."""
     try:
         read = AutoConfig.from_pretrained(model, **load_arguments)
     except (OSError, ValueError) as error:
@@ -243,7 +260,7 @@ def _skeletons(
         wanted = read.dtype or torch.float32
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ConfigurationError(f"unknown dtype {dtype!r}; expected one such as bfloat16.")
-    return _of_config(read, wanted), _of_config(read, wanted)
+    return _of_config(read, wanted)
 
 
 def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:

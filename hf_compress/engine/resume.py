@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ResumeError
 from ..layout import build_module, layout_entry
 from .report import ModuleReport
+from .residency import Residency
 from .session import OUTSIDE, BlockResult
 
 # What `write_atomically` and `keep` write until it is whole; the number is the process's.
-_TEMPORARY = re.compile(r"\.(state\.json|(block-\d{5}|outside)\.safetensors)\.\d+")
+_TEMPORARY = re.compile(r"\.(state\.json|(block-\d{5}|outside|activations)\.safetensors)\.\d+")
+_ACTIVATIONS = "activations.safetensors"
 
 
-def model_checksum(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all parameters and persistent buffers."""
+def model_checksum(model: nn.Module, residency: Residency | None = None) -> str:
+    """SHA-256 over names, dtypes and bytes of all parameters and persistent buffers, the offloaded ones too."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, kept in model.state_dict().items():
+        tensor: Tensor = residency.tensor(name) if residency is not None and residency.knows(name) else kept
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(raw)
     return digest.hexdigest()
 
 
@@ -47,6 +52,20 @@ def _replace(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors whole or not at all. Raises `ResumeError` where there is no room or no permission."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        _replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ResumeError(
+            f"{path} cannot be written ({error}). What was finished before is kept: make room, or see to the "
+            "permissions, and repeat the same call."
+        ) from error
+
+
 def _remove_temporaries(directory: Path) -> None:
     """Remove what a killed run had not finished writing; its process number would never be met again."""
     for file in directory.iterdir():
@@ -60,13 +79,14 @@ class ResumePoint:
     Args:
         directory: where this stage keeps its files.
         fingerprint: what must be equal for the finished blocks to be of use.
+        keeps_activations: whether hidden states are kept beside them.
 
     Raises:
         ResumeError: the directory holds another run; the message names what differs.
     """
 
-    def __init__(self, directory: Path | None, fingerprint: dict[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None, fingerprint: dict[str, Any], keeps_activations: bool = False) -> None:
+        self.directory, self.keeps_activations = directory, keeps_activations
         self._state: dict[str, Any] = {"fingerprint": fingerprint}
         if directory is None:
             return
@@ -104,38 +124,64 @@ class ResumePoint:
             self._state["decisions"] = decisions
             write_atomically(self.directory / "state.json", json.dumps(self._state, indent=2))
 
-    def _path(self, block: int) -> Path | None:
+    def path(self, block: int) -> Path | None:
+        """The file of a finished block; `None` without a directory."""
         name = "outside" if block == OUTSIDE else f"block-{block:05d}"
         return None if self.directory is None else self.directory / f"{name}.safetensors"
 
     def has(self, block: int) -> bool:
-        path = self._path(block)
+        path = self.path(block)
         return path is not None and path.exists()
 
-    def keep(self, block: int, result: BlockResult) -> None:
-        """Write a block's new modules with their layout and report rows, in one file, atomically."""
-        path = self._path(block)
+    def keep(self, block: int, result: BlockResult, whole: dict[str, Tensor] | None = None) -> None:
+        """Write a block's new modules with their layout and report rows, in one file, atomically. `whole` are tensors
+        of the block that have to be there as well, where nothing else will hold them."""
+        path = self.path(block)
         if path is None:
             return
-        tensors = {
-            f"{at}.{name}": tensor.detach().cpu().contiguous()
-            for at, module in result.modules.items()
-            for name, tensor in module.state_dict().items()
-        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (whole or {}).items()}
+        tensors.update(
+            {
+                f"{at}.{name}": tensor.detach().cpu().contiguous()
+                for at, module in result.modules.items()
+                for name, tensor in module.state_dict().items()
+            }
+        )
         tensors.update({name: values.detach().cpu().contiguous() for name, values in result.parameters.items()})
         record = {
             "layout": [layout_entry(at, module) for at, module in result.modules.items()],
             "rows": [asdict(row) for row in result.rows],
             "parameters": sorted(result.parameters),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         # A file needs at least one tensor; a block that stays dense has none.
-        save_file(tensors or {"": torch.zeros(1)}, temporary, metadata={"block": json.dumps(record)})
-        _replace(temporary, path)
+        _save(path, tensors or {"": torch.zeros(1)}, {"block": json.dumps(record)})
+
+    def keep_activations(self, block: int, streams: dict[str, Iterable[Tensor]]) -> None:
+        """Write the hidden states at the entrance of a block, in place of those of the block before."""
+        if self.directory is None or not self.keeps_activations:
+            return
+        path = self.directory / _ACTIVATIONS
+        tensors = {
+            f"{name}.{batch}": hidden.detach().cpu().contiguous()
+            for name, stream in streams.items()
+            for batch, hidden in enumerate(stream)
+        }
+        _save(path, tensors, {"block": str(block)})
+
+    def activations(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The last hidden states that were kept, and the block that they are at the entrance of; `None` without."""
+        path = None if self.directory is None else self.directory / _ACTIVATIONS
+        if path is None or not self.keeps_activations or not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return int(file.metadata()["block"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute it again.") from error
 
     def load(self, block: int, model: nn.Module) -> BlockResult:
         """Rebuild a finished block's modules for the dense ones that `model` still has in place."""
-        path = self._path(block)
+        path = self.path(block)
         assert path is not None
         try:
             with safe_open(path, framework="pt") as file:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -19,6 +19,7 @@ from ..configuration import MethodConfig
 from .blocks import Batch, BlockStream
 from .freed import return_freed_memory
 from .report import ModuleReport
+from .residency import Residency
 
 ConfigType = TypeVar("ConfigType", bound=MethodConfig)
 StatisticsType = TypeVar("StatisticsType")
@@ -32,7 +33,8 @@ class Session:
         anatomy: the model and where its parts are.
         batches: calibration batches.
         held_out: batches of the same source that are never calibrated on, for choices such as temperatures.
-        working_directory: where resume points go; `None` for none.
+        residency: brings blocks that are offloaded into memory; `None` where all are there.
+        activations: folder where hidden states are kept; `None` for memory.
         notes: choices that were made from data, for the report.
         left_alone: what the method did not compress and why.
         changed: names of parameters that stay and have new values.
@@ -41,19 +43,22 @@ class Session:
     anatomy: ModelAnatomy
     batches: list[Batch]
     held_out: list[Batch]
-    working_directory: Path | None = None
+    residency: Residency | None = None
+    activations: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
     def progress(self, items: range, description: str) -> Iterator[int]:
-        """A progress bar over blocks, on the first process only. What a block has freed goes back to the system."""
+        """The blocks in turn, each in memory as long as it is the turn, with a progress bar on the first process. What
+        a block has freed goes back to the system."""
         for item in tqdm(items, desc=description, unit="block", leave=False, disable=None):
-            yield item
+            with nullcontext() if self.residency is None else self.residency.resident(item):
+                yield item
             return_freed_memory()
 
     def stream(self, batches: list[Batch]) -> BlockStream:
-        return BlockStream(self.anatomy, batches)
+        return BlockStream(self.anatomy, batches, self.activations)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     leaves: ClassVar[tuple[str, ...]] = ()
     #: Whether a block's inputs come from the blocks compressed before it rather than from the dense model.
     sequential: bool = False
+    #: Why the weights of all blocks have to be in memory at once; `None` where one block at a time is enough.
+    needs_whole_model: str | None = None
     #: Weights of a block up to which two of them can be compressed in a few seconds, to see how long it takes.
     quick_weights: ClassVar[int] = 2**23
 
@@ -163,7 +170,9 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     def compress_block(self, block: int, statistics: StatisticsType) -> BlockResult:
         """The new modules of a block. The dense ones are still in place. Raises `NumericalError`."""
 
-    def refine_block(self, block: int, result: BlockResult, stream: BlockStream, targets: list[Tensor]) -> BlockResult:
+    def refine_block(
+        self, block: int, result: BlockResult, stream: BlockStream, targets: Sequence[Tensor]
+    ) -> BlockResult:
         """In sequential order, tune the new modules where they stand. `stream` is before the block, `targets` are the
         dense model's outputs of it, a batch each."""
         return result

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..layout import connect
-from .blocks import require_finite
+from .activations import Activations
+from .blocks import BlockStream, require_finite
 from .report import ModuleReport
 from .resume import ResumePoint
 from .session import OUTSIDE, BlockResult, Method, Session
@@ -31,17 +30,18 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
     rows = _compress_outside(session, method, resume)
     if rows and method.sequential:
         stream = session.stream(stream.batches)
+    start = _take_up(resume, pending[0], stream, dense) if pending else 0
     for block in session.progress(blocks, "compress"):
-        outputs: list[Tensor] = []
-        dense_outputs: list[Tensor] | None = None
-        if block <= last_pending and dense is not None:
-            dense_outputs = [dense.run(block, batch) for batch in range(len(dense))]
-            dense.hidden = dense_outputs
+        dense_outputs: Activations | None = None
+        if start <= block <= last_pending and dense is not None:
+            dense.advance(block, check=False)
+            dense_outputs = dense.hidden
         if resume.has(block):
-            if block < last_pending and not method.sequential:
-                outputs = [stream.run(block, batch) for batch in range(len(stream))]
+            if start <= block < last_pending and not method.sequential:
+                stream.advance(block, check=False)
             result = resume.load(block, anatomy.model)
             _install(session, result)
+            _moved(session, resume, block)
         else:
             with method.collect(block) as statistics:
                 for batch in range(len(stream)):
@@ -51,20 +51,41 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
                         with stream.text_positions(batch):
                             method.observe(statistics, output, dense_outputs[batch])
                     else:
-                        outputs.append(output)
+                        stream.hidden[batch] = output  # the method sees what hooks saw, and needs the input no more
             result = method.compress_block(block, statistics)
             _install(session, result)
             if dense_outputs is not None:
                 result = method.refine_block(block, result, stream, dense_outputs)
-            resume.keep(block, result)
+            resume.keep(block, result, None if session.residency is None else session.residency.whole(block))
+            _moved(session, resume, block)
         rows.extend(result.rows)
         session.changed.extend(result.parameters)
-        if block < last_pending:
-            if method.sequential:
-                stream.advance(block)
-            else:
-                stream.hidden = outputs
+        if start <= block < last_pending and method.sequential:
+            stream.advance(block)
+        if start <= block < last_pending:
+            resume.keep_activations(
+                block + 1, {"stream": stream.hidden, **({} if dense is None else {"dense": dense.hidden})}
+            )
     return rows
+
+
+def _take_up(resume: ResumePoint, unfinished: int, stream: BlockStream, dense: BlockStream | None) -> int:
+    """Move the streams to where an interrupted run had kept them; the block that they are at the entrance of then."""
+    kept = resume.activations()
+    if kept is None or kept[0] > unfinished:
+        return 0
+    for name, moved in (("stream", stream), ("dense", dense)):
+        for batch in range(0 if moved is None else len(moved)):
+            assert moved is not None
+            moved.hidden[batch] = kept[1][f"{name}.{batch}"].to(moved.hidden[batch].device)
+    return kept[0]
+
+
+def _moved(session: Session, resume: ResumePoint, block: int) -> None:
+    """From now on an offloaded block is the compressed one."""
+    file = resume.path(block)
+    if session.residency is not None and file is not None:
+        session.residency.moved(block, file)
 
 
 def _compress_outside(session: Session, method: Method[Any, Any], resume: ResumePoint) -> list[ModuleReport]:

@@ -12,15 +12,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ..checked import plain_text
 from ..configuration import method_config_from_dict
 from ..errors import ConfigurationError
-from .facts import Facts
-from .measured import NEVER_EVALUATED
+from .facts import Facts, needs_training
+from .measured import missing_figures
 from .merge import merge
 
 RECIPE_FILE = "recipe.yaml"
 FIGURE_FILE = "compression.svg"
 _PLACEHOLDER = "path/to/this/model"
+_ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "[": "\\[", "]": "\\]"}
 
 
 def render_card(
@@ -48,8 +50,8 @@ def render_card(
     data = card_data(facts, repo_id)
     check_metadata(data)
     section = render_section(facts, repo_id=repo_id, figure=figure)
-    name = repo_id.split("/")[-1] if repo_id else f"{_as_text(facts.base.split('/')[-1]) or 'Model'}, compressed"
-    return merge(existing, section, data, title=name, training=training, pushed=pushed)
+    title = _as_text(_title(facts, repo_id))
+    return merge(existing, section, data, title=title, base=facts.base, training=training, pushed=pushed)
 
 
 def render_section(facts: Facts, *, repo_id: str | None = None, figure: bool = True) -> str:
@@ -71,7 +73,7 @@ def render_section(facts: Facts, *, repo_id: str | None = None, figure: bool = T
         left_alone=[] if report is None else report.left_alone,
         rows=_rows(facts),
         notes=[*_notes(facts), *([] if evaluation is None else evaluation.notes())],
-        missing=NEVER_EVALUATED if evaluation is None else evaluation.missing(),
+        missing=missing_figures(evaluation, language=facts.auto_class == "AutoModelForCausalLM"),
         figure=FIGURE_FILE if figure and report is not None and report.modules else None,
         versions=[f"{name} {version}" for name, version in recorded.items()],
         pins=pins,
@@ -101,9 +103,13 @@ def card_data(facts: Facts, repo_id: str | None = None) -> ModelCardData:
         pipeline_tag=facts.pipeline_tag,
         tags=list(dict.fromkeys(["hf_compress", *methods, *facts.tags])),
         datasets=datasets or None,
-        model_name=(repo_id or facts.base or "compressed").split("/")[-1] if results else None,
+        model_name=_title(facts, repo_id) if results else None,
         eval_results=results or None,
     )
+
+
+def _title(facts: Facts, repo_id: str | None) -> str:
+    return repo_id.split("/")[-1] if repo_id else f"{facts.base.split('/')[-1] or 'Model'}, compressed"
 
 
 def check_metadata(data: ModelCardData) -> None:
@@ -177,14 +183,15 @@ def _stage(environment: jinja2.Environment, stage: dict[str, Any]) -> tuple[dict
         stage = method_config_from_dict(stage).to_dict()
     except ConfigurationError:
         # Of another version, or of a method that is not registered here: only its name is sure.
-        stage, name = {"method": "?", **stage}, "other.md.jinja"
+        method = str(stage.get("method", "?")).replace("`", "'")
+        stage, name = {**stage, "method": method}, "other.md.jinja"
     return stage, environment.get_template(name if name in known else "other.md.jinja").module
 
 
 def _as_text(value: Any) -> str:
-    """Names and reasons as text: no HTML, no table cells, no mark of ours."""
-    text = " ".join(str(value).split())
-    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):
+    """Names and reasons as text: no HTML, no table cells, no links and images, no mark of ours."""
+    text = " ".join(plain_text(str(value)).split())
+    for character, escaped in _ESCAPES.items():
         text = text.replace(character, escaped)
     return text
 
@@ -216,13 +223,15 @@ def _command(facts: Facts) -> tuple[str | None, list[str]]:
     """The command that makes the same again, or why there is none."""
     if not facts.recipe:
         return None, ["The recipe was not recorded."]
+    if needs_training(facts.recipe):
+        return None, [f"It was made in a training with the recipe in {RECIPE_FILE}, which no single command repeats."]
     if facts.trained:
         return None, [f"A training was part of it; the recipe alone, in {RECIPE_FILE}, does not make the same again."]
     try:
         for stage in facts.stages:
-            method_config_from_dict(stage).check_in_one_call()
+            method_config_from_dict(stage)
     except ConfigurationError:
-        return None, [f"It was made in a training with the recipe in {RECIPE_FILE}, which no single command repeats."]
+        return None, [f"The recipe, in {RECIPE_FILE}, has a stage that the hf_compress which wrote this card lacks."]
     base = facts.base if facts.base_commit else "BASE"
     revision = f" --revision {facts.base_commit}" if facts.base_commit else ""
     command = f"hf-compress run {base} OUT{revision} --recipe {RECIPE_FILE}"

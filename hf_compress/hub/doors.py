@@ -18,12 +18,12 @@ from transformers.utils.hub import hf_api
 
 from ..integration import SOURCE
 from ..output import write_text
-from .facts import Facts, facts_of_model
-from .publish import CARD_FILE, EXTRAS, Options, prepare, read_card
+from .facts import CARD_FILE, Facts, facts_of_model
+from .publish import EXTRAS, Options, prepare, read_card
 from .push import add_processing, explained, remote_card_of, upload
 
 _OPTIONS = {"include_report": "report", "include_figures": "figures"} | {
-    name: name for name in ("evaluation", "evaluation_data")
+    name: name for name in ("evaluation", "evaluation_data", "license")
 }
 # In the order of the arguments of save_pretrained.
 _POSITIONS = ("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant", "token")
@@ -157,6 +157,7 @@ def create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, **
         (folder / CARD_FILE).unlink()
     else:
         write_text(folder / CARD_FILE, before)
+    sources = _sources(trainer.accelerator.unwrap_model(trainer.model))
     prepare(
         folder,
         facts,
@@ -165,10 +166,9 @@ def create_model_card(original: Callable[..., Any], trainer: Any, *args: Any, **
         trainer_card=written,
         options=options,
         token=trainer.args.hub_token,
+        sources=sources,
     )
-    add_processing(
-        folder, facts, _sources(trainer.accelerator.unwrap_model(trainer.model)), token=trainer.args.hub_token
-    )
+    add_processing(folder, facts, sources, token=trainer.args.hub_token)
 
 
 def push_from_checkpoint(original: Callable[..., Any], trainer: Any, checkpoint_folder: str) -> Any:
@@ -185,6 +185,7 @@ def push_from_checkpoint(original: Callable[..., Any], trainer: Any, checkpoint_
             repo_id=trainer.hub_model_id,
             remote_card=_card_there(trainer),
             token=trainer.args.hub_token,
+            sources=_sources(trainer.accelerator.unwrap_model(trainer.model)),
         )
         for name in EXTRAS:
             if name in written:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult
 
+from ..checked import is_nested_deeper, is_number
 from ..errors import ConfigurationError
+from ..provenance import cleaned
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -26,14 +28,15 @@ class _Figure:
     form: str
     metric: str | None = None  # as the Hub calls it; None for what depends on the machine
     relative: bool = False  # to the base, which has no such figure itself
+    language: bool = True  # only language models have one
 
 
 _FIGURES = (
-    _Figure("bytes on disk (weights)", ("size", "weights"), ",.0f"),
+    _Figure("bytes on disk (weights)", ("size", "weights"), ",.0f", language=False),
     _Figure("perplexity", ("perplexity", "perplexity"), ".2f", "perplexity"),
     _Figure("KL divergence from the base (nats a token)", ("agreement", "kl"), ".4f", "kl_divergence", True),
     _Figure("same next token as the base", ("agreement", "top1"), ".2%", "agreement", True),
-    _Figure("peak memory (bytes)", ("memory", "peak"), ",.0f"),
+    _Figure("peak memory (bytes)", ("memory", "peak"), ",.0f", language=False),
     _Figure("prompt tokens/s", ("speed", "prompt_tokens_per_second"), ",.1f"),
     _Figure("generated tokens/s", ("speed", "generated_tokens_per_second"), ",.1f"),
 )
@@ -64,7 +67,7 @@ class Evaluation:
         if isinstance(source, (str, Path)):
             try:
                 source = json.loads(Path(source).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise ConfigurationError(f"the evaluation cannot be read: {error}.") from error
         content: Any = source if isinstance(source, dict) else getattr(source, "to_dict", dict)()
         if not isinstance(content, dict) or not content:
@@ -78,6 +81,9 @@ class Evaluation:
             raise ConfigurationError(
                 "an evaluation compares the base with the compressed model: `hf-compress eval BASE COMPRESSED --json`."
             )
+        if is_nested_deeper(models) or not (data is None or isinstance(data, str)):
+            raise ConfigurationError("the evaluation's figures or the name of its data are of the wrong kind.")
+        models = cleaned(models)
         kept = [{key: value for key, value in model.items() if key not in ("name", "compression")} for model in models]
         return cls(kept[-1], kept[0] if len(kept) == 2 else None, data)
 
@@ -102,14 +108,14 @@ class Evaluation:
             )
         return found
 
-    def missing(self) -> list[str]:
-        """Titles of what the card would show and nobody measured."""
-        return [title for title, _, value in self._figures() if value(self.compressed) is None]
-
     def _figures(self) -> list[tuple[str, str, Callable[[dict[str, Any]], float | None]]]:
         figures = [(figure.title, figure.form, _at(*figure.path)) for figure in _FIGURES]
-        scores = self.compressed.get("scores") or {}
-        return figures + [(name, ".4f", _at("scores", name, "value")) for name in scores]
+        return figures + [(name, ".4f", _at("scores", name, "value")) for name in self._scores]
+
+    @property
+    def _scores(self) -> dict[str, Any]:
+        found = self.compressed.get("scores")
+        return found if isinstance(found, dict) else {}
 
     def results(self, pipeline_tag: str | None) -> list[EvalResult]:
         """For the card's `model-index`: measures of quality, none of the machine's."""
@@ -120,7 +126,7 @@ class Evaluation:
             for figure in _FIGURES
             if figure.metric is not None and (value := _at(*figure.path)(self.compressed)) is not None
         ]
-        for name in self.compressed.get("scores") or {}:
+        for name in self._scores:
             value = _at("scores", name, "value")(self.compressed)
             if value is not None:
                 dataset, _, metric = name.rpartition(" ")
@@ -130,23 +136,36 @@ class Evaluation:
     def notes(self) -> list[str]:
         """How it was measured."""
         lines = []
-        perplexity, speed = self.compressed.get("perplexity"), self.compressed.get("speed")
-        if perplexity:
+        perplexity: Any = self.compressed.get("perplexity")
+        speed: Any = self.compressed.get("speed")
+        if _has(perplexity, "num_tokens", "context", "stride"):
             on = f"on {self.data}" if self.data else "on a text whose name was not recorded"
             lines.append(
                 f"Perplexity: {on}, {perplexity['num_tokens']:,} tokens scored, context {perplexity['context']}, "
                 f"stride {perplexity['stride']}."
             )
-        if speed:
+        if _has(speed, "batch_size", "prompt_length", "new_tokens"):
             lines.append(
                 f"Speed: a prompt of {speed['batch_size']}×{speed['prompt_length']} tokens and {speed['new_tokens']} "
                 "generated ones, base and compressed model in turn on one machine; on another it will differ."
             )
+        for name, score in self._scores.items():
+            if _at("count")(score) is not None:
+                error = _at("standard_error")(score)
+                spread = "" if error is None else f", standard error about {error:.4f}"
+                note = f", {score['note']}" if score.get("note") else ""
+                lines.append(f"{name}: {score['count']:,} examples{spread}{note}.")
         return lines
 
 
 _RELATIVE = {figure.title for figure in _FIGURES if figure.relative}
-NEVER_EVALUATED = [figure.title for figure in _FIGURES]
+
+
+def missing_figures(evaluation: Evaluation | None, *, language: bool) -> list[str]:
+    """Titles of what the card would show of such a model and nobody measured."""
+    wanted = [figure for figure in _FIGURES if language or not figure.language]
+    found = {} if evaluation is None else evaluation.compressed
+    return [figure.title for figure in wanted if _at(*figure.path)(found) is None]
 
 
 def _dataset_type(data: str | None) -> str:
@@ -155,12 +174,16 @@ def _dataset_type(data: str | None) -> str:
     return first if first.count("/") == 1 else "text"
 
 
+def _has(found: Any, *names: str) -> bool:
+    """Whether an object has all these numbers."""
+    return all(_at(name)(found) is not None for name in names)
+
+
 def _at(*path: str) -> Callable[[dict[str, Any]], float | None]:
     def value(measurement: dict[str, Any]) -> float | None:
         found: Any = measurement
         for key in path:
             found = found.get(key) if isinstance(found, dict) else None
-        is_number = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
-        return float(found) if is_number else None
+        return float(found) if is_number(found) else None
 
     return value

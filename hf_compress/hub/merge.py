@@ -21,6 +21,8 @@ _DESCRIPTION = (
     "automatically generated."
 )
 _TRAINER = "This model card has been generated automatically according to the information the Trainer had access to."
+_LICENSE = ("license", "license_name", "license_link")
+_INHERITED = (*_LICENSE, "pipeline_tag", "language")
 _SCALARS = (
     "base_model",
     "base_model_relation",
@@ -62,6 +64,7 @@ def merge(
     data: ModelCardData,
     *,
     title: str,
+    base: str = "",
     training: str | None = None,
     pushed: bool = False,
 ) -> str:
@@ -74,6 +77,7 @@ def merge(
     Args:
         existing: the card that is there.
         section, data, title: ours; the title is for a card that is new.
+        base: the name of the model's base, for `inherited_from`.
         training: what a Trainer says of its training, kept in a section of its own.
         pushed: the result goes to a repository, so that later edits on both sides start from it.
     """
@@ -96,6 +100,7 @@ def merge(
     if training is not None:
         text = _with_training(text, training)
     noted = {
+        "base": _fingerprint(base),
         "edited": edited,
         "metadata": {name: ours[name] for name in _SCALARS if name in ours},
         "outside": outside,
@@ -115,6 +120,27 @@ def is_generic(card: str) -> bool:
         return _TRAINER in " ".join(card.split())
     blank = ModelCard.from_template(ModelCardData(), model_description=_DESCRIPTION)
     return bool(ModelCard(card, ignore_metadata_errors=True).text.split() == blank.text.split())
+
+
+def inherited_from(card: str | None, base: str) -> dict[str, Any]:
+    """What a model inherits from a card: license, task and language.
+
+    Of a card that we have written the license alone, and only where somebody has set it or it is of the same base.
+
+    Args:
+        card: of the base, or one that lies where ours will be written.
+        base: the name of the model's base.
+    """
+    parts = None if card is None or is_generic(card) else _parse(card, quietly=True)
+    if parts is None:
+        return {}
+    names: tuple[str, ...] = _INHERITED
+    if parts.noted is not None:
+        is_ours = parts.own_metadata.get("license") == parts.data.get("license")
+        names = () if is_ours and parts.noted.get("base") != _fingerprint(base) else _LICENSE
+    found = {name: parts.data[name] for name in names if parts.data.get(name)}
+    # Several languages are a list; several licenses the Hub would refuse.
+    return {name: value for name, value in found.items() if name == "language" or isinstance(value, str)}
 
 
 def choose(local: str | None, remote: str | None) -> str | None:
@@ -158,15 +184,20 @@ def _parse(card: str, *, quietly: bool = False) -> _Parts | None:
         data, text = read.data.to_dict(), read.text
     except Exception as error:  # PyYAML and huggingface_hub have many kinds for a text that is no YAML
         data, text, problem = {}, "", f"its metadata cannot be read ({type(error).__name__})"
-    found = list(_SECTION.finditer(text))
+    # Marks are counted first: with many of them the patterns would go over the text as often.
+    single = all(text.count(f"<!-- hf_compress: {mark}") <= 1 for mark in ("begin", "training begin"))
+    found = list(_SECTION.finditer(text)) if single else []
     noted: dict[str, Any] | None = None
     if len(found) == 1:
         try:
             noted = json.loads(found[0].group(1))
-        except ValueError:
+            if not isinstance(noted, dict) or not isinstance(noted.get("metadata") or {}, dict):
+                raise ValueError(noted)
+        except (ValueError, RecursionError):
+            noted = None
             problem = "the mark of our section is damaged"
         text = text[: found[0].start()] + "\0" + text[found[0].end() :]
-    if problem is None and (len(found) > 1 or _MARK.search(_TRAINING.sub("", text))):
+    if problem is None and (not single or len(found) > 1 or _MARK.search(_TRAINING.sub("", text))):
         problem = "the marks of our section are damaged"
     if problem is not None:
         if not quietly:

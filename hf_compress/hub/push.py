@@ -21,9 +21,9 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import hf_api
 
 from ..errors import CompressionError
-from .facts import Facts, facts_of_folder
+from .facts import CARD_FILE, Facts, facts_of_folder
 from .files import PROCESSING, WEIGHTS, matching, model_files, names_in
-from .publish import CARD_FILE, EXTRAS, Options, prepare
+from .publish import EXTRAS, Options, prepare
 
 # Of a processor: without one of them a repository has none.
 _PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json")
@@ -102,7 +102,9 @@ def upload(
                 raise
     there = names_there(repo_id, revision, token)
     remote_card = remote_card_of(repo_id, revision, token)
-    written = prepare(folder, facts, repo_id=repo_id, remote_card=remote_card, options=options, token=token)
+    written = prepare(
+        folder, facts, repo_id=repo_id, remote_card=remote_card, options=options, token=token, sources=sources
+    )
     if not matching(there, _PROCESSORS):
         add_processing(folder, facts, sources, token=token)
     files = model_files(folder, [name for name in EXTRAS if name in written])

@@ -60,7 +60,8 @@ def write_shim(folder: Path) -> None:
     names = [name for name in modeling_auto.__all__ if name.startswith("AutoModel")]
     auto = [name for name in names if kind in (getattr(getattr(modeling_auto, name), "_model_mapping", None) or ())]
     # What a model brings along of its own stays: another repository's code would not find its modules here.
-    others = {name: value for name, value in content.get("auto_map", {}).items() if not is_ours(value)}
+    known = content.get("auto_map")
+    others = {name: value for name, value in known.items() if not is_ours(value)} if isinstance(known, dict) else {}
     content["auto_map"] = {**{name: f"{MODULE}.{name}" for name in auto}, **others}
     write_text(folder / SHIM_FILE, _SOURCE)
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

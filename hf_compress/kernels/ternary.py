@@ -33,7 +33,9 @@ def pack_ternary(codes: UInt8[Tensor, "rows columns"]) -> UInt8[Tensor, "rows by
 
 def unpack_ternary(packed: UInt8[Tensor, "rows bytes"], columns: int) -> UInt8[Tensor, "rows columns"]:
     """The codes that `pack_ternary` packed. Raises `ConfigurationError` for bytes that no codes give, or another
-    number of bytes than these columns take."""
+    number or kind of bytes than these columns take."""
+    if packed.dtype != torch.uint8:
+        raise ConfigurationError(f"five codes are a byte of {torch.uint8}, got {packed.dtype}.")
     if packed.shape[1] != ternary_bytes(columns):
         raise ConfigurationError(f"{columns} codes take {ternary_bytes(columns)} bytes a row, got {packed.shape[1]}.")
     if packed.numel() and int(packed.max()) > _TOP:

@@ -34,7 +34,15 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "teacher.json"
         if note.exists():
-            found = json.loads(note.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(note.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict):
+                raise ConfigurationError(
+                    f"{note.name} of the teacher's cache in {str(folder)!r} is damaged. Name another folder, or "
+                    "remove this one."
+                )
             if found != identity:
                 differing = sorted(
                     key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key)
@@ -76,7 +84,15 @@ class TeacherCache:
             tensors = load_file(path)
         except SafetensorError:
             return None  # written anew
-        return tensors["classes"].long(), tensors["log_probabilities"].float()
+        classes, log_probabilities = (tensors.get(name) for name in ("classes", "log_probabilities"))
+        # Damaged ones are written anew as well: classes that are not there would index foreign memory on some devices.
+        if classes is None or log_probabilities is None or classes.dtype != torch.int32 or classes.dim() != 2:
+            return None
+        if classes.shape != log_probabilities.shape or not log_probabilities.is_floating_point():
+            return None
+        if classes.numel() and int(classes.min()) < 0:
+            return None
+        return classes.long(), log_probabilities.float()
 
     def keep(
         self, key: str, classes: Int[Tensor, "places count"], log_probabilities: Float[Tensor, "places count"]

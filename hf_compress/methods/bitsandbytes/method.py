@@ -25,6 +25,7 @@ class BitsAndBytes(Method[BitsAndBytesStage, None]):
 
     config_class = BitsAndBytesStage
     needs_calibration = False
+    needs_whole_model = "makes tensors that bitsandbytes has to place itself"
     continues = ("linear", "attention")
     leaves = ("bnb_linear4bit", "bnb_linear8bit")
 

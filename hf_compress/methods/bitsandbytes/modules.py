@@ -10,6 +10,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 
+from ...checked import is_number, short
 from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
 
 # Weights that share a scale, and scales that share one of theirs.
@@ -21,7 +22,7 @@ CPU_ROWS = 32
 def _float_dtype(name: Any) -> torch.dtype:
     """A dtype from a spec. Raises `ValueError` for anything else that torch has under that name."""
     if name not in ("float32", "float16", "bfloat16", "float64"):
-        raise ValueError(f"{name!r} is no dtype that weights have")
+        raise ValueError(f"{short(name)} is no dtype that weights have")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -127,9 +128,11 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> BnbLinear4bit:
         dense, rest = cls._stood_on(dense, spec)
         if rest["quant_type"] not in ("nf4", "fp4") or not isinstance(rest["double"], bool):
-            raise ValueError(f"`quant_type` {rest['quant_type']!r} or `double` {rest['double']!r} is unknown")
-        if rest["double"] and not isinstance(rest["offset"], float):
-            raise ValueError(f"`offset` must be a number, got {rest['offset']!r}")
+            raise ValueError(
+                f"`quant_type` {short(rest['quant_type'])} or `double` {short(rest['double'])} is unknown"
+            )
+        if rest["double"] and not is_number(rest["offset"]):
+            raise ValueError(f"`offset` must be a finite number, got {short(rest['offset'])}")
         compute = None if rest["compute_dtype"] is None else _float_dtype(rest["compute_dtype"])
         _float_dtype(rest["dtype"])
         layer = cls._empty(dense, rest["quant_type"], rest["double"], compute)
@@ -169,7 +172,7 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
         if spec is None or self.weight.is_meta:
             return
         found = {name: self._buffers.pop(name) for name in self.TENSORS if name in self._buffers}
-        for name in ("absmax", "quant_map", "nested_absmax"):
+        for name in self.TENSORS:
             tensor = found.get(name)
             if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"`{name}` holds numbers that are not finite")
@@ -181,7 +184,8 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
             "shape": [self.out_features, self.in_features],
         }
         if spec["double"]:
-            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": spec["offset"]}
+            offset = float(spec["offset"])
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
         device = self.weight.device
         quantized = QuantState.from_dict(dict(state), device=device)
         self.weight = Params4bit(
@@ -253,8 +257,8 @@ class BnbLinear8bit(_Packed, Linear8bitLt):  # type: ignore[misc]
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> BnbLinear8bit:
         dense, rest = cls._stood_on(dense, spec)
-        if not isinstance(rest["threshold"], (int, float)) or rest["threshold"] < 0:
-            raise ValueError(f"`threshold` must not be negative, got {rest['threshold']!r}")
+        if not is_number(rest["threshold"]) or rest["threshold"] < 0:
+            raise ValueError(f"`threshold` must be a finite number and not negative, got {short(rest['threshold'])}")
         layer = cls._empty(dense, float(rest["threshold"]))
         layer.resized = isinstance(dense, ResizedLinear)
         device = dense.weight.device

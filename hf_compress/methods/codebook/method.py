@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,10 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         self.outside, alone = parts_outside(config, anatomy)
         # Where several loops share a matrix, its codes are for the inputs of all of them.
         self.other_loops = other_loops(anatomy.model) if self.needs_calibration else {}
+        if config.average_bits is not None:
+            self.needs_whole_model = "takes gradients through all blocks with average_bits"
+        elif self.other_loops:
+            self.needs_whole_model = "runs all loops of shared layers"
         self._batches: list[Batch] = []
         # Of the block that was compressed last, for its tuning.
         self._dense: dict[str, Tensor] = {}
@@ -159,7 +164,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             self._code(block, parts, gram, drift, generator, result)
         return result
 
-    def refine_block(self, block: int, result: BlockResult, stream: BlockStream, targets: list[Tensor]) -> BlockResult:
+    def refine_block(
+        self, block: int, result: BlockResult, stream: BlockStream, targets: Sequence[Tensor]
+    ) -> BlockResult:
         weights, self._dense = self._dense, {}
         if not self.config.block_epochs or not self.parts[block]:
             return result

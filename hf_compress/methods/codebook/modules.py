@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
+from ...checked import is_path, short
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
 from ...layout import ResizedLinear, register_module_type, stood_on, widened
@@ -265,8 +266,10 @@ class CodebookEmbedding(PackedWeight, nn.Embedding):
             like.fill_(self.output_scale)
 
     def tied_head(self, dense: nn.Module, path: str) -> CodebookTiedLinear:
-        """The head that multiplies with this table, which is at `path`, in place of a dense one."""
-        assert isinstance(dense, nn.Linear)
+        """The head that multiplies with this table, which is at `path`, in place of a dense one. Raises `ValueError`
+        for what is no head of its shape."""
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"is a {type(dense).__name__}, expected an nn.Linear")
         head = CodebookTiedLinear(dense, path)
         if head.bias is not None:
             head.bias = dense.bias
@@ -303,8 +306,8 @@ class CodebookTiedLinear(nn.Linear):
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> CodebookTiedLinear:
         if not isinstance(dense, nn.Linear):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        if not isinstance(spec["source"], str):
-            raise ValueError(f"`source` must be a module path, got {spec['source']!r}")
+        if not is_path(spec["source"]):
+            raise ValueError(f"`source` must be a module path, got {short(spec['source'])}")
         return cls(dense, spec["source"])
 
     def connect(self, source: nn.Module) -> None:

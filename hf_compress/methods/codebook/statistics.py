@@ -47,7 +47,7 @@ class InputStatistics:
         self._add(path, gram(real_tokens(tensor)))
 
     def _add(self, path: str, product: Float[Tensor, "columns columns"]) -> None:
-        self.grams[path] = self.grams[path] + product if path in self.grams else product
+        self.grams[path] = self.grams[path].add_(product) if path in self.grams else product
 
     def observe_drift(self, output: Tensor, dense_output: Tensor) -> None:
         """After a batch: its output of the block beside the dense model's."""
@@ -56,7 +56,7 @@ class InputStatistics:
         inner = real_tokens(self._inputs[self.drift_path]).float()
         lost = real_tokens(dense_output.float() - output.float())
         product = (inner.T @ lost).double()
-        self.drift = product if self.drift is None else self.drift + product
+        self.drift = product if self.drift is None else self.drift.add_(product)
 
     def finish(self) -> None:
         """Give every matrix its Gram and let go of the last batch."""

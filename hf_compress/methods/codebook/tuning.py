@@ -7,7 +7,7 @@ value behind its code and receives the gradient of `Ŵ` (straight-through); code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +94,7 @@ def tune_block(
     dense: dict[str, Tensor],
     result: BlockResult,
     stream: BlockStream,
-    targets: list[Tensor],
+    targets: Sequence[Tensor],
 ) -> BlockResult:
     """Tune the packed layers of a block, and its norms and biases, where they stand.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...checked import short
 from ...errors import CompressionError, ConfigurationError
 from ...kernels import codebook as kernel
 from ...kernels.matrix import CodebookMatrix, check_matrix
@@ -21,6 +22,8 @@ from .configuration import BITS, TERNARY
 
 # Tensors of the format that are floats; a cast of the model must not round them again.
 FORMAT_TENSORS = ("codebooks", "scales", "row_scales")
+# Codes of three values that are unpacked at once.
+UNPACKED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,15 @@ class CodebookFormat:
         """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
         unknown = set(spec) - {"bits", "books", "column_group", "integer_scales", "trainable"}
         if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
+            raise ValueError(f"unknown fields {short(sorted(unknown))}")
         if spec["bits"] not in BITS or isinstance(spec["bits"], bool):
-            raise ValueError(f"`bits` must be one of {BITS}, got {spec['bits']!r}")
+            raise ValueError(f"`bits` must be one of {BITS}, got {short(spec['bits'])}")
         group = checked_size(spec, "column_group", max(columns, 1))
         if group % 32 and group != columns:
             raise ValueError(f"`column_group` must be a multiple of 32 or the row's width, got {group}")
         for name in ("integer_scales", "trainable"):
             if not isinstance(spec.get(name, False), bool):
-                raise ValueError(f"`{name}` must be true or false, got {spec[name]!r}")
+                raise ValueError(f"`{name}` must be true or false, got {short(spec[name])}")
         return cls(
             bits=spec["bits"],
             books=checked_size(spec, "books", rows),
@@ -166,9 +169,21 @@ class PackedWeight(nn.Module):
         if self.format.bits == TERNARY and not self.get_buffer("weight").is_meta:
             self.kernel_codes, self.expanded = self._expanded_codes(), True
 
+    def forget_derived(self) -> None:
+        """Let go of the kernel's copy; it is made again for a call."""
+        if self.format.bits == TERNARY:
+            self.kernel_codes, self.expanded = torch.empty(0, dtype=torch.int32), False
+
     def _expanded_codes(self) -> Tensor:
-        codes = unpack_ternary(self.get_buffer("weight"), self.columns)
-        return pack_codes(codes, self.format.kernel_bits)
+        weight, bits = self.get_buffer("weight"), self.format.kernel_bits
+        rows = weight.shape[0]
+        codes = torch.empty((rows, words_per_row(self.columns, bits)), dtype=torch.int32, device=weight.device)
+        # Codes that are unpacked take a byte each, several times over: as few as are no burden.
+        step = max(1, UNPACKED // self.columns)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            codes[part] = pack_codes(unpack_ternary(weight[part], self.columns), bits)
+        return codes
 
     def _codes(self) -> Tensor:
         """As the kernel reads them."""

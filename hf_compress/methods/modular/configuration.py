@@ -76,7 +76,7 @@ class ModularDecompositionConfig(MethodConfig):
     def _kinds_given(cls, value: Any) -> Any:
         if value == "auto":
             return value
-        if isinstance(value, str):
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(kind, str) for kind in value):
             raise ValueError('expected "auto" or a list of kinds, e.g. ["mlp"]')
         if not value:
             raise ValueError("expected at least one kind")

@@ -34,22 +34,33 @@ def ridge_cholesky(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n
         raise NumericalError("the Gram matrix holds non-finite values")
     if scale <= 0:
         raise NumericalError("the Gram matrix is zero: the calibration data never reaches this module")
-    for attempt in range(RIDGE_ATTEMPTS):
-        shifted = gram.clone()
-        shifted.diagonal().add_(max(ridge, 1e-12) * 10**attempt * scale)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if info.item() == 0:
-            found: Tensor = factor
-            return found
+    diagonal = gram.diagonal().clone()
+    try:
+        for attempt in range(RIDGE_ATTEMPTS):
+            # In place, as a copy would be a gigabyte on a 7B model.
+            gram.diagonal().copy_(diagonal + max(ridge, 1e-12) * 10**attempt * scale)
+            factor, info = torch.linalg.cholesky_ex(gram)
+            if info.item() == 0:
+                found: Tensor = factor
+                return found
+    finally:
+        gram.diagonal().copy_(diagonal)
     raise NumericalError(
         f"the Gram matrix is not positive definite, even with a ridge of {ridge * 10 ** (RIDGE_ATTEMPTS - 1):.1e} "
         "of its mean diagonal"
     )
 
 
+def _ridge_inverse(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
+    """`(C + λI)⁻¹`, in the memory of its Cholesky factor."""
+    factor = ridge_cholesky(gram, ridge)
+    inverse: Tensor = torch.cholesky_inverse(factor, out=factor)
+    return inverse
+
+
 def ridge_leverage_scores(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, " n"]:
     """`s_i = [C (C + λI)⁻¹]_ii = 1 − λ [(C + λI)⁻¹]_ii` (MoDeGPT, Algorithm 1): the paper's score of a channel."""
-    inverse = torch.cholesky_inverse(ridge_cholesky(gram, ridge))
+    inverse = _ridge_inverse(gram, ridge)
     return 1 - ridge * gram.diagonal().mean() * inverse.diagonal()
 
 
@@ -61,7 +72,7 @@ def output_error_scores(
     This is the Optimal Brain Surgeon saliency (Hassibi & Stork, 1993) of a row of `W_d`. Unlike the leverage score it
     knows how strongly the block listens to the channel.
     """
-    inverse = torch.cholesky_inverse(ridge_cholesky(gram, ridge))
+    inverse = _ridge_inverse(gram, ridge)
     return down.square().sum(dim=1) / inverse.diagonal()
 
 
@@ -97,13 +108,27 @@ class NystromSolutions:
         """Factorise once. With `drift`, `Σ Hᵀ D`, the target is `H W_d + D`: the block also makes up for what the
         residual stream has lost before it. Raises `NumericalError`."""
         order = scores.argsort(descending=True, stable=True)
-        factor = ridge_cholesky(gram[order][:, order], ridge)
-        projected = factor.T @ down[order]
+        return cls.of_ordered(
+            order, gram[order[:, None], order], down[order], ridge, None if drift is None else drift[order]
+        )
+
+    @classmethod
+    def of_ordered(
+        cls,
+        order: Int[Tensor, " n"],
+        gram: Float[Tensor, "n n"],
+        down: Float[Tensor, "n d_model"],
+        ridge: float,
+        drift: Float[Tensor, "n d_model"] | None = None,
+    ) -> NystromSolutions:
+        """The same, with everything in the order of the channels already: `gram[order][:, order]` and so on."""
+        factor = ridge_cholesky(gram, ridge)
+        projected = factor.T @ down
         energy = projected.square().sum(dim=1)
         lost = energy.flip(0).cumsum(0).flip(0)
         errors = torch.cat((lost, lost.new_zeros(1))) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
         if drift is not None:
-            projected = projected + torch.linalg.solve_triangular(factor, drift[order], upper=False)
+            projected = projected + torch.linalg.solve_triangular(factor, drift, upper=False)
         return cls(order, factor, projected, errors)
 
     def keep(self, count: int) -> tuple[Int[Tensor, " count"], Float[Tensor, "count d_model"]]:

@@ -252,7 +252,7 @@ def block_influence(session: Session) -> torch.Tensor:
     stream = session.stream(take_tokens(session.batches, INFLUENCE_TOKENS))
     influence = torch.zeros(len(session.anatomy), dtype=torch.float64)
     for block in session.progress(range(len(session.anatomy)), "survey"):
-        before = list(stream.hidden)
+        before = stream.hidden.copy()
         stream.advance(block)
         parts = []
         for batch, (x, y) in enumerate(zip(before, stream.hidden, strict=True)):

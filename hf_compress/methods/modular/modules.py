@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward as grouped_eager_attention
 
 from ...anatomy import AttentionAnatomy, find_record, read_attribute
+from ...checked import short
+from ...errors import CompressionError
 from ...layout import checked_size, register_module_type
 
 # Fused attention kernels want equal head sizes in multiples of this.
@@ -129,7 +131,7 @@ class DecomposedAttention(nn.Module):
         query_key_dim = checked_size(spec, "query_key_dim", head_dim)
         value_dim = checked_size(spec, "value_dim", head_dim)
         if not isinstance(spec["output_bias"], bool):
-            raise ValueError(f"`output_bias` must be true or false, got {spec['output_bias']!r}")
+            raise ValueError(f"`output_bias` must be true or false, got {short(spec['output_bias'])}")
         if family.attention.rotary is not None and query_key_dim % 2:
             raise ValueError(f"`query_key_dim` must be even under a rotary embedding, got {query_key_dim}")
         return cls(dense, family.attention, query_key_dim, value_dim, spec["output_bias"])
@@ -173,6 +175,11 @@ class DecomposedAttention(nn.Module):
         """The columns of a cosine or sine table for the kept pairs; both halves of the table are equal."""
         if self.rotary_pairs is None:
             return table[:, :, None, None, : self.head_dim // 2]
+        if table.shape[-1] != self.head_dim:
+            raise CompressionError(
+                f"the model turns {table.shape[-1]} dimensions of a head, and the layout keeps pairs of "
+                f"{self.head_dim}: the config and the layout belong to different models."
+            )
         columns = table.index_select(-1, self.rotary_pairs.flatten())
         gathered: Tensor = columns.unflatten(-1, self.rotary_pairs.shape)
         return gathered[:, :, :, None, :]

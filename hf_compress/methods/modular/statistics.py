@@ -43,7 +43,7 @@ class BlockStatistics:
 
     def add(self, name: str, value: Tensor) -> None:
         before = getattr(self, name)
-        setattr(self, name, value if before is None else before + value)
+        setattr(self, name, value if before is None else before.add_(value))
 
     def add_inner(self, inner: Float[Tensor, "tokens width"]) -> None:
         """The inputs of the down projection for one batch."""

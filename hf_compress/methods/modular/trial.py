@@ -36,10 +36,9 @@ def trial_losses(
             for candidate in candidates
         ]
         with collect_statistics(anatomy, block, {kind for sizes in reduced for kind in sizes}) as statistics:
-            moved = [calibration.run(block, batch) for batch in range(len(calibration))]
+            calibration.advance(block, check=False)
         for stream, sizes in zip(streams, reduced, strict=True):
             modules = compress_block(anatomy, config, block, sizes, statistics).modules if sizes else {}
             with placed(anatomy.model, modules):
                 stream.advance(block)
-        calibration.hidden = moved
     return [stream.final_loss() for stream in streams]

@@ -9,11 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from ...checked import is_integer, short
 from ...layout import checked_size
 from .configuration import Values
 from .positions import PositionKind, encode, stream_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+# Rows, columns and kept weights are numbered in 32 bits.
+MOST_INDICES = torch.iinfo(torch.int32).max
 # Smaller numbers than this have fewer digits in float16.
 SMALLEST_HALF = 2.0**-14
 
@@ -51,20 +54,23 @@ class SparseFormat:
         """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
         unknown = set(spec) - {"nonzeros", "positions", "stream", "values"}
         if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
+            raise ValueError(f"unknown fields {short(sorted(unknown))}")
+        if max(rows, columns) > MOST_INDICES:
+            raise ValueError(f"a matrix of {rows} x {columns} has places that 32 bits cannot number")
         size = rows * columns
         # A matrix of which nothing is left is one.
-        nonzeros = spec["nonzeros"] and checked_size(spec, "nonzeros", size)
+        nothing = is_integer(spec["nonzeros"], 0, 0)
+        nonzeros = 0 if nothing else checked_size(spec, "nonzeros", min(size, MOST_INDICES))
         positions, stream, values = spec["positions"], spec["stream"], spec["values"]
         if positions not in get_args(PositionKind):
-            raise ValueError(f"`positions` must be one of {get_args(PositionKind)}, got {positions!r}")
-        if values not in DTYPES:
-            raise ValueError(f"`values` must be one of {sorted(DTYPES)}, got {values!r}")
-        if not isinstance(stream, int) or isinstance(stream, bool):
-            raise ValueError(f"`stream` must be a number of bytes, got {stream!r}")
+            raise ValueError(f"`positions` must be one of {get_args(PositionKind)}, got {short(positions)}")
+        if not isinstance(values, str) or values not in DTYPES:
+            raise ValueError(f"`values` must be one of {sorted(DTYPES)}, got {short(values)}")
         fewest, most = stream_bytes(positions, nonzeros, size)
-        if not fewest <= stream <= most:
-            raise ValueError(f"`stream` of {stream} bytes cannot hold the places of {nonzeros} of {size} weights")
+        if not is_integer(stream, fewest, most):
+            raise ValueError(
+                f"`stream` of {short(stream)} bytes cannot hold the places of {nonzeros} of {size} weights"
+            )
         if positions == "all" and nonzeros != size:
             raise ValueError(f"`positions` names every place, and only {nonzeros} of {size} weights are kept")
         return cls(nonzeros, positions, stream, values)

@@ -48,6 +48,8 @@ class Pruning(Method[PruningConfig, Energies | None]):
         self.needs_calibration = config.needs_data
         self.sequential = config.criterion == "wanda"
         self.parts, self.left_alone = prunable_parts(config, anatomy)
+        if config.criterion != "wanda":
+            self.needs_whole_model = f"compares scores of all blocks with criterion={config.criterion!r}"
         self.structure: Structure | None = None
         if config.structured:
             if any(isinstance(anatomy.model.get_submodule(part.path), SparseLinear) for part in self.parts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +17,11 @@ from ...kernels.library import multiplies_bfloat16
 from ...kernels.sparse import sparse_linear
 from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
 from .format import DTYPES, SparseFormat, SparseMatrix
-from .positions import decode
+from .positions import decoded
 
+# Rows of a matrix that are numbered on loading however few weights are kept: a file of nothing may say that there are
+# more rows than memory has room for.
+FREE_ROWS = 1 << 16
 # Torch multiplies compressed rows on a CPU only with MKL.
 SPARSE_ON_CPU = torch.backends.mkl.is_available()
 # The largest share of kept weights at which compressed rows are faster than a dense product: on a CPU in float32, on
@@ -48,6 +51,11 @@ def _state_of(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.device, 0 if tensor.is_inference() else tensor._version
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, found out without a second tensor of their size."""
+    return values.numel() == 0 or all(bool(end.isfinite()) for end in values.detach().aminmax())
 
 
 @register_module_type
@@ -158,25 +166,33 @@ class SparseLinear(nn.Linear):
     @torch.no_grad()
     def expand_positions(self) -> None:
         """Compressed rows from the positions. Raises `ValueError` where they are damaged."""
-        stream = self.get_buffer("weight")
-        if stream.is_meta:
+        if self.get_buffer("weight").is_meta:
             return
-        kept = decode(self.format.positions, stream, self.format.nonzeros, self.dense_weights)
-        rows = torch.div(kept, self.in_features, rounding_mode="floor")
-        starts = torch.zeros(self.out_features + 1, dtype=torch.int32, device=kept.device)
-        starts[1:] = torch.bincount(rows, minlength=self.out_features).cumsum(0)
-        self.row_starts, self.column_indices = starts, (kept - rows * self.in_features).to(torch.int32)
+        starts = torch.zeros(self.out_features + 1, dtype=torch.int32, device=self.get_buffer("weight").device)
+        columns = torch.empty(self.format.nonzeros, dtype=torch.int32, device=starts.device)
+        done = 0
+        for kept in self._positions():
+            rows = torch.div(kept, self.in_features, rounding_mode="floor")
+            columns[done : done + len(kept)] = kept - rows * self.in_features
+            done += len(kept)
+            present, counts = torch.unique_consecutive(rows, return_counts=True)
+            starts[1 + present] += counts.to(torch.int32)
+        self.row_starts, self.column_indices = starts.cumsum_(0), columns
         self.__dict__["_dense"] = None
+
+    def _positions(self) -> Iterator[Tensor]:
+        stream = self.get_buffer("weight")
+        return decoded(self.format.positions, stream, self.format.nonzeros, self.dense_weights)
 
     def kept_values(self) -> Float[Tensor, "nonzeros"]:
         """The weights that `matrix` holds, row by row; with a gradient to `values`."""
         if self.scales is None:
             return self.values
-        return self.values.float() * self.scales.float().repeat_interleave(torch.diff(self.row_starts))
+        return self.values.float() * self.scales.float().repeat_interleave(torch.diff(self._rows()[0]))
 
     def mask(self) -> Bool[Tensor, "rows columns"]:
         """What is kept."""
-        return self._scattered(torch.ones_like(self.column_indices, dtype=torch.bool))
+        return self._scattered(torch.ones_like(self._rows()[1], dtype=torch.bool))
 
     def matrix(self) -> Float[Tensor, "rows columns"]:
         """`Ŵ`, dense."""
@@ -189,7 +205,7 @@ class SparseLinear(nn.Linear):
         return dense.index_put((rows, column_indices.long()), values)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """The compressed rows; made afresh where positions are offloaded and come only for a call."""
+        """The compressed rows; made at the first call where positions are offloaded or most rows are empty."""
         if len(self.row_starts) == 0:
             self.expand_positions()
         return self.row_starts, self.column_indices
@@ -234,12 +250,16 @@ class SparseLinear(nn.Linear):
         """After loading: positions that fit, finite values. Raises `ValueError`."""
         if self.get_buffer("weight").is_meta or self.values.is_meta:
             return  # offloaded
-        self.expand_positions()
+        if self.out_features <= max(FREE_ROWS, self.format.nonzeros):
+            self.expand_positions()
+        else:
+            for _ in self._positions():  # looked at; their rows are numbered when they are used
+                pass
         if self.scales is None and self.values.dtype != self.model_dtype:
             # Transformers leaves what it loads for a quantizer in the file's dtype.
             self.values.data = self.values.data.to(self.model_dtype)
         numbers = self.values if self.scales is None else self.scales
-        if not torch.isfinite(numbers).all():
+        if not _is_finite(numbers):
             raise ValueError("a kept weight is not finite")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

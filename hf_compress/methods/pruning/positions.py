@@ -7,6 +7,7 @@ possible on average. A bit mask is one bit a weight, and smaller from 13 % of ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ PositionKind = Literal["gaps", "mask", "all"]
 ESCAPE = 255
 # Elements whose positions are worked out at once.
 CHUNK = 1 << 26
+# The same where positions are read: in 64 bits each, several times over, they must not outgrow what is kept of them.
+READ = 1 << 17
 
 
 def encode(kept: Int[Tensor, "nonzeros"], size: int) -> tuple[PositionKind, UInt8[Tensor, "bytes"]]:
@@ -31,18 +34,45 @@ def encode(kept: Int[Tensor, "nonzeros"], size: int) -> tuple[PositionKind, UInt
 
 def decode(kind: PositionKind, stream: UInt8[Tensor, "bytes"], nonzeros: int, size: int) -> Int[Tensor, "nonzeros"]:
     """The positions that `encode` was given. Raises `ValueError` for a stream that does not belong to these counts."""
+    parts = list(decoded(kind, stream, nonzeros, size))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=stream.device)
+
+
+def decoded(
+    kind: PositionKind, stream: UInt8[Tensor, "bytes"], nonzeros: int, size: int
+) -> Iterator[Int[Tensor, "some"]]:
+    """The same in ascending parts, each checked; an iteration that ends has seen all of a sound stream."""
+    if stream.dtype != torch.uint8:
+        raise ValueError(f"the positions are bytes of {torch.uint8}, got {stream.dtype}")
+    found = 0
+    for part in _parts(kind, stream, size):
+        found += len(part)
+        if found > nonzeros:
+            break
+        if len(part) and int(part[-1]) >= size:
+            raise ValueError(f"the positions reach {int(part[-1])}, and the matrix has {size} weights")
+        yield part
+    if found != nonzeros:
+        seen = "more" if found > nonzeros else str(found)
+        raise ValueError(f"the positions are of {seen} weights, expected {nonzeros}")
+
+
+def _parts(kind: PositionKind, stream: Tensor, size: int) -> Iterator[Tensor]:
     if kind == "all":
-        kept = torch.arange(size, device=stream.device)
-    elif kind == "mask":
-        kept = _decode_mask(stream, size)
-    else:
-        ends = torch.where(stream == ESCAPE, ESCAPE, stream.long() + 1).cumsum(0)
-        kept = ends[stream != ESCAPE] - 1
-    if len(kept) != nonzeros:
-        raise ValueError(f"the positions are of {len(kept)} weights, expected {nonzeros}")
-    if nonzeros and int(kept[-1]) >= size:
-        raise ValueError(f"the positions reach {int(kept[-1])}, and the matrix has {size} weights")
-    return kept
+        for start in range(0, size, READ):
+            yield torch.arange(start, min(start + READ, size), device=stream.device)
+        return
+    step = READ // 8 if kind == "mask" else READ
+    last = -1
+    for start in range(0, len(stream), step):
+        part = stream[start : start + step]
+        if kind == "mask":
+            mask: Bool[Tensor, "places"] = (part.unsqueeze(1) & _BITS.to(part.device)).ne(0).reshape(-1)
+            yield mask.nonzero().squeeze(1) + 8 * start
+            continue
+        ends = torch.where(part == ESCAPE, ESCAPE, part.long() + 1).cumsum(0) + last
+        last = int(ends[-1])
+        yield ends[part != ESCAPE]
 
 
 def stream_bytes(kind: PositionKind, nonzeros: int, size: int) -> tuple[int, int]:
@@ -74,8 +104,3 @@ def _encode_mask(kept: Int[Tensor, "nonzeros"], size: int) -> UInt8[Tensor, "byt
         part = mask[start * 8 : start * 8 + CHUNK].view(-1, 8) * _BITS.to(kept.device)
         packed[start : start + CHUNK // 8] = part.sum(dim=1, dtype=torch.uint8)
     return packed
-
-
-def _decode_mask(stream: UInt8[Tensor, "bytes"], size: int) -> Int[Tensor, "nonzeros"]:
-    mask: Bool[Tensor, "places"] = (stream.unsqueeze(1) & _BITS.to(stream.device)).ne(0).reshape(-1)
-    return mask.nonzero().squeeze(1)

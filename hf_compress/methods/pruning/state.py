@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
+from ...errors import CheckpointError
 from .masks import STATE
 
 # Places in the buffer.
@@ -31,7 +34,12 @@ class TrainingState:
         holder.register_buffer(STATE, values)
 
     def _get(self, place: int) -> float:
-        return float(self._holder.get_buffer(STATE)[place])
+        value = float(self._holder.get_buffer(STATE)[place])
+        if not math.isfinite(value):
+            raise CheckpointError(
+                f"the pruning's counters hold {value}: the training's checkpoint is damaged. Go on from another one."
+            )
+        return value
 
     def _set(self, place: int, value: float) -> None:
         self._holder.get_buffer(STATE)[place] = value

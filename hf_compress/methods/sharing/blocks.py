@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.albert.modeling_albert import AlbertTransformer
 
+from ...checked import short
 from ...errors import CompressionError
 from ...layout import register_module_type
 from . import mathematics
@@ -30,13 +31,15 @@ class SharedBlocks(Stepping, nn.ModuleList):
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SharedBlocks:
         if not isinstance(dense, nn.ModuleList):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.ModuleList")
-        checked_stepping(spec, len(dense))
+        checked_stepping(spec, len(dense), len(dense))
         blocks = cls(list(dense))
         blocks._remember(spec)
         return blocks
 
     def check_tensors(self) -> None:
-        """The blocks inside have been replaced by now: give them their steps."""
+        """The blocks inside have been replaced by now: give them their steps. Raises `ValueError` for blocks without
+        the layers that are scaled."""
+        _check_scaled(self._modules.values(), self.scaled or [])
         self.apply_schedule()
 
     def apply_schedule(self) -> None:
@@ -143,6 +146,15 @@ def _set_steps(block: Any, scaled: list[str], step: float) -> None:
             _scale_output(module, step)
 
 
+def _check_scaled(blocks: Iterable[Any], scaled: list[str]) -> None:
+    """Raise `ValueError` unless every block has shared layers at these paths."""
+    for block in blocks:
+        inside = dict(block.named_modules())
+        strange = next((path for path in scaled if not isinstance(inside.get(path), SharedLinear)), None)
+        if strange is not None:
+            raise ValueError(f"`scaled` names {short(strange)}, which is no shared layer of a {type(block).__name__}")
+
+
 def _scale_output(module: nn.Module, step: float) -> None:
     if _STEP not in module.__dict__:
         module.register_forward_hook(lambda own, _, output: output * own.__dict__[_STEP])
@@ -183,14 +195,16 @@ class SharedAlbertTransformer(Stepping, AlbertTransformer):  # type: ignore[misc
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SharedAlbertTransformer:
         if not isinstance(dense, AlbertTransformer):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an AlbertTransformer")
-        checked_stepping(spec, dense.config.num_hidden_layers)
+        checked_stepping(spec, dense.config.num_hidden_layers, len(dense.albert_layer_groups))
         encoder = cls.__new__(cls)
         encoder.__dict__.update(dense.__dict__)
         encoder._remember(spec)
         return encoder
 
     def check_tensors(self) -> None:
-        self.apply_schedule()
+        """Raises `ValueError` for layers without those that are scaled."""
+        layers = [layer for group in self.albert_layer_groups for layer in group.albert_layers]
+        _check_scaled(layers, self.scaled or [])
 
     def apply_schedule(self) -> None:
         """Steps are set as the groups run: one group has many."""

@@ -28,6 +28,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
 
     config_class = LayerSharingConfig
     needs_calibration = False
+    needs_whole_model = "makes one matrix of those of several blocks"
     leaves = (
         SharedLinear.layout_type,
         SharedModule.layout_type,

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy import dense_rows
+from ...anatomy import MATRICES, dense_rows
+from ...checked import is_integer, is_path, short
 from ...errors import CompressionError
 from ...layout import register_module_type
 
@@ -81,8 +82,8 @@ class SharedLinear(nn.Linear):
             raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear or a Conv1D")
         rows, columns = dense_rows(dense).shape
         source, rank, bias = spec["source"], *cls.own_sizes(rows, columns, spec)
-        if source is not None and not isinstance(source, str):
-            raise ValueError(f"`source` must be a module path or null, got {source!r}")
+        if source is not None and not is_path(source):
+            raise ValueError(f"`source` must be a module path or null, got {short(source)}")
         weight: Any = dense.weight
         return cls(columns, rows, bias, source=source, rank=rank, device=weight.device, dtype=weight.dtype)
 
@@ -90,10 +91,10 @@ class SharedLinear(nn.Linear):
     def own_sizes(rows: int, columns: int, spec: dict[str, Any]) -> tuple[int, bool]:
         """Rank and presence of a bias from a spec. Raises `ValueError` for what does not fit a matrix of this size."""
         rank, bias = spec["rank"], spec["bias"]
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= min(rows, columns):
-            raise ValueError(f"`rank` must be from 0 to {min(rows, columns)}, got {rank!r}")
+        if not is_integer(rank, 0, min(rows, columns)):
+            raise ValueError(f"`rank` must be from 0 to {min(rows, columns)}, got {short(rank)}")
         if not isinstance(bias, bool):
-            raise ValueError(f"`bias` must be true or false, got {bias!r}")
+            raise ValueError(f"`bias` must be true or false, got {short(bias)}")
         return rank, bias
 
     def connect(self, source: nn.Module) -> None:
@@ -177,10 +178,13 @@ class SharedModule(nn.Module):
 
     layout_type: ClassVar[str] = "shared_module"
     source: Any
+    #: Class and sizes of the module that a layout replaces.
+    stands_for: tuple[type[nn.Module], dict[str, torch.Size]] | None
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.source_path = source
+        self.stands_for = None
         self.__dict__["source"] = None
 
     def spec(self) -> dict[str, Any]:
@@ -188,13 +192,22 @@ class SharedModule(nn.Module):
 
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> SharedModule:
-        if not isinstance(spec["source"], str):
-            raise ValueError(f"`source` must be a module path, got {spec['source']!r}")
-        return cls(spec["source"])
+        if not is_path(spec["source"]):
+            raise ValueError(f"`source` must be a module path, got {short(spec['source'])}")
+        shapes = _own_shapes(dense)
+        if isinstance(dense, (*MATRICES, nn.Embedding)) or not shapes:
+            raise ValueError(f"replaces a {type(dense).__name__}, expected a norm")
+        module = cls(spec["source"])
+        module.stands_for = (type(dense), shapes)
+        return module
 
     def connect(self, source: nn.Module) -> None:
-        if isinstance(source, SharedModule):
+        """Use `source`. Raises `ValueError` for a module of another class or size than the one that stood here, and
+        for one that uses others itself: calls would go round in a circle."""
+        if any(isinstance(inner, SharedModule) for inner in source.modules()):
             raise ValueError("uses a module that is another's itself")
+        if self.stands_for not in (None, (type(source), _own_shapes(source))):
+            raise ValueError(f"uses a {type(source).__name__} of another kind or size than the module it replaces")
         self.__dict__["source"] = source
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +215,11 @@ class SharedModule(nn.Module):
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.source.state_dict().items()}
+
+
+def _own_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Of the parameters that are no child's."""
+    return {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
 
 
 def other_loops(model: nn.Module) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...anatomy import text_config
+from ...checked import is_integer, is_number, is_path
 from ...errors import ConfigurationError
 from . import mathematics
 from .configuration import Solver
@@ -121,22 +122,31 @@ class Stepping:
         raise NotImplementedError
 
 
-def checked_stepping(spec: dict[str, Any], depth: int) -> None:
-    """Raises `ValueError` or `KeyError` for a spec that does not fit a model of this depth."""
+def checked_stepping(spec: dict[str, Any], depth: int, blocks: int) -> None:
+    """Raises `ValueError` or `KeyError` for a spec that does not fit a model of this depth, which has so many blocks
+    to choose from."""
     assigned, loops, steps = spec["assigned"], spec["loops"], spec["steps"]
     if not isinstance(assigned, list) or len(assigned) != depth:
         raise ValueError(f"`assigned` must name a block for each of {depth} layers")
+    if not all(is_integer(block, 0, blocks - 1) for block in assigned):
+        raise ValueError(f"`assigned` names a block that is not there: they are 0 to {blocks - 1}")
     if not isinstance(loops, list) or not isinstance(steps, list) or not 1 <= len(loops) == len(steps) <= depth:
         raise ValueError(f"`loops` and `steps` must be equally long, 1 to {depth}")
-    if any(not isinstance(loop, int) or not 0 <= loop < depth for loop in loops):
+    if not all(is_integer(loop, 0, depth - 1) for loop in loops):
         raise ValueError("`loops` names a layer that is not there")
-    if any(not isinstance(step, (int, float)) or not step > 0 for step in steps):
-        raise ValueError("`steps` must be positive numbers")
+    if sorted(set(loops)) != loops:
+        raise ValueError("`loops` must ascend: every layer runs once, in its place of the cache")
+    if not all(is_number(step) and step > 0 for step in steps):
+        raise ValueError("`steps` must be positive and finite numbers")
     if spec["solver"] not in ("euler", "adams_bashforth") or spec["order"] not in ("cycle", "sequence"):
         raise ValueError("`solver` or `order` is unknown")
     scaled = spec["scaled"]
-    if scaled is not None and not (isinstance(scaled, list) and all(isinstance(path, str) for path in scaled)):
+    if scaled is not None and not (isinstance(scaled, list) and all(is_path(path) for path in scaled)):
         raise ValueError("`scaled` must be a list of module paths or null")
+    if scaled is not None and len(set(scaled)) != len(scaled):
+        raise ValueError("`scaled` names a module twice")
+    if scaled is None and any(step != 1 for step in steps):
+        raise ValueError("`steps` of another size than 1 need the modules that they scale")
 
 
 def running_blocks(model: nn.Module) -> Any:

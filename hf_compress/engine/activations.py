@@ -1,0 +1,73 @@
+"""Hidden states of all calibration batches at one place of a model: in memory, or in files where they are too many."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, MutableSequence
+from pathlib import Path
+from typing import Any, overload
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Activations(MutableSequence[Tensor]):
+    """A list of tensors, one a batch, that are kept in a folder if one is given.
+
+    A file lives as long as some list refers to it: copies share files.
+    """
+
+    def __init__(self, folder: Path | None = None, tensors: Iterable[Tensor] = ()) -> None:
+        self.folder = folder
+        self._items: list[Tensor | _Filed] = [self._kept(tensor) for tensor in tensors]
+
+    def copy(self) -> Activations:
+        """The same tensors in a list of its own."""
+        other = Activations(self.folder)
+        other._items = list(self._items)
+        return other
+
+    def _kept(self, tensor: Tensor) -> Tensor | _Filed:
+        return tensor if self.folder is None else _Filed(tensor, self.folder)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Activations: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Activations:
+        if isinstance(index, slice):
+            other = Activations(self.folder)
+            other._items = self._items[index]
+            return other
+        item = self._items[index]
+        return item.read() if isinstance(item, _Filed) else item
+
+    def __setitem__(self, index: Any, tensor: Any) -> None:
+        self._items[index] = self._kept(tensor)
+
+    def __delitem__(self, index: int | slice) -> None:
+        del self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def insert(self, index: int, value: Tensor) -> None:
+        self._items.insert(index, self._kept(value))
+
+
+class _Filed:
+    """A tensor in a file, which goes when nobody refers to it any more."""
+
+    def __init__(self, tensor: Tensor, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".safetensors")
+        os.close(handle)  # safetensors opens the file by its name
+        self.path, self.device = Path(name), tensor.device
+        weakref.finalize(self, self.path.unlink, missing_ok=True)
+        save_file({"hidden": tensor.detach().cpu().contiguous()}, self.path)
+
+    def read(self) -> Tensor:
+        found: Tensor = load_file(self.path)["hidden"].to(self.device, copy=True)
+        return found

@@ -1,0 +1,173 @@
+"""Compressing a checkpoint that is larger than memory: from its files to files, block by block."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy import ModelAnatomy, join
+from ..configuration import CompressionConfig, MethodConfig
+from ..errors import ConfigurationError
+from ..output import check_output, whole_folder
+from ..sizes import parse_bytes
+from .compress import compress, prepare
+from .plan import CompressionPlan, plan, skeleton_of
+from .report import CompressionReport
+
+# Of the written files: one is put together in memory.
+SHARD_BYTES = 2**30
+
+
+def compress_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    config: CompressionConfig | MethodConfig | dict[str, Any],
+    *,
+    processing_class: Any = None,
+    calibration: Any = None,
+    working_directory: str | Path | None = None,
+    max_memory: int | str | None = None,
+    keep_activations: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    **load_arguments: Any,
+) -> CompressionReport:
+    """Compress a checkpoint of any size into another, with one block in memory at a time.
+
+    Embedding, norms and head stay in memory, and so does what the calibration data are at the block's entrance, unless
+    that exceeds `max_memory`: then it lies in files. The blocks are read from the checkpoint's files, once for every
+    pass over them.
+
+    Args:
+        model: folder of a checkpoint, or its id on the Hub.
+        out: folder to write; it must not exist or be empty.
+        config, calibration: as for `compress`.
+        processing_class: as for `compress`; one that is given is saved with the model.
+        working_directory: keeps finished blocks, so that the same call goes on after an interruption; they take as
+            much room as the result. By default a folder beside `out`, removed when the call ends.
+        max_memory: bytes, or a number with its unit such as `"6GB"`, that the process may take in all.
+        keep_activations: as for `compress`.
+        device: where blocks run; by default the first accelerator, else the CPU.
+        dtype: what the weights are loaded in; by default the checkpoint's own.
+        load_arguments: `revision`, `token`, `cache_dir`, `subfolder` of `from_pretrained`.
+
+    Returns:
+        The report, which the written config holds as well.
+
+    Raises:
+        ConfigurationError: a method that needs all blocks at once, a folder that is not empty, or a `max_memory` that
+            is too small; the message has the number that it would take.
+        UnsupportedModelError, CalibrationError, NumericalError, ResumeError: as for `compress`.
+    """
+    recipe = CompressionConfig.wrap(config)
+    target = Path(out)
+    check_output(target)
+    skeleton = skeleton_of(model, dtype, load_arguments)
+    anatomy, methods, _ = prepare(skeleton, recipe, calibration)
+    for method in methods:
+        if method.needs_whole_model is not None:
+            raise ConfigurationError(
+                f"{type(method.config).__name__} {method.needs_whole_model}, which cannot be done block by block. "
+                "Load the model whole and use compress()."
+            )
+    on_disk = False
+    if max_memory is not None:
+        planned = plan(skeleton, recipe, calibration=calibration, measure_time=False)
+        on_disk = _must_spill(planned, _limit(max_memory))
+    device = torch.device(device) if device is not None else default_device()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if working_directory is None:
+            temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
+            work = Path(stack.enter_context(temporary))
+        else:
+            work = Path(working_directory)
+        loaded = _load_offloaded(type(skeleton), model, anatomy, device, dtype, work / "offload", load_arguments)
+        compress(
+            loaded,
+            recipe,
+            processing_class=processing_class,
+            calibration=calibration,
+            working_directory=work,
+            load_arguments=load_arguments,
+            activations_on_disk=on_disk,
+            keep_activations=keep_activations,
+        )
+        with whole_folder(target) as scratch, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            loaded.save_pretrained(scratch, max_shard_size=SHARD_BYTES)
+            if hasattr(processing_class, "save_pretrained"):
+                processing_class.save_pretrained(scratch)
+        report: CompressionReport = loaded.compression_report
+    return report
+
+
+def _limit(max_memory: Any) -> int:
+    try:
+        limit = parse_bytes(max_memory)
+    except ValueError as error:
+        raise ConfigurationError(f"max_memory: {error}.") from error
+    if not isinstance(limit, int) or limit <= 0:
+        raise ConfigurationError(f"max_memory: {max_memory!r} is no size such as 6GB.")
+    return limit
+
+
+def default_device() -> torch.device:
+    """The first accelerator of this machine, else its CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def _load_offloaded(
+    kind: type[PreTrainedModel],
+    model: str | Path,
+    anatomy: ModelAnatomy,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    folder: Path,
+    load_arguments: dict[str, Any],
+) -> PreTrainedModel:
+    """The model with everything but its blocks on a device, and the blocks in the checkpoint's files."""
+    device_map = blocks_on_disk(anatomy, str(device))
+    # The folder is for weights that the files hold in another form than the model.
+    loaded: PreTrainedModel = kind.from_pretrained(
+        model, dtype=dtype, device_map=device_map, offload_folder=folder, **load_arguments
+    )
+    return loaded.eval()
+
+
+def blocks_on_disk(anatomy: ModelAnatomy, device: str) -> dict[str, str]:
+    """A `device_map` for `from_pretrained` that leaves the blocks in the files: every part outside them by its name,
+    as Accelerate wants it."""
+    lists = {path.rpartition(".")[0] for path in anatomy.block_paths}
+    placed = dict.fromkeys(sorted(lists), "disk")
+    above = {".".join(path.split(".")[:depth]) for path in lists for depth in range(path.count(".") + 1)}
+    for path in above:
+        module = anatomy.model.get_submodule(path)
+        names = [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
+        names += dict(module.named_buffers(recurse=False))
+        for name in (join(path, name) for name in names):
+            if name not in above and name not in lists:
+                placed[name] = device
+    return placed
+
+
+def _must_spill(planned: CompressionPlan, limit: int) -> bool:
+    """Whether activations have to lie in files; refuses a limit that even then is too small."""
+    taken = psutil.Process().memory_info().rss
+    if planned.streamed_memory + taken <= limit:
+        return False
+    least = planned.streamed_memory_at_least + taken
+    if least > limit:
+        raise ConfigurationError(
+            f"max_memory is {limit / 1e9:.2f} GB, and the program, one block with its statistics, and embedding and "
+            f"head take {least / 1e9:.2f} GB even with the hidden states in files. Give that much, or smaller batches."
+        )
+    return True

@@ -1,0 +1,257 @@
+"""From files to files, block by block: the same result as in memory, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALL_KINDS, calibration, interrupt, logits, make_model, recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import hf_compress
+from hf_compress import (
+    CheckpointError,
+    CodebookConfig,
+    CompressionConfig,
+    ConfigurationError,
+    LayerSharingConfig,
+    NumericalError,
+    PruningConfig,
+    ResumeError,
+    UnsupportedModelError,
+)
+from hf_compress.engine import residency as residency_module
+from hf_compress.methods.modular import method as modular_method
+
+ON_DISK = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"} | {
+    "model.layers": "disk"
+}
+RECIPES: dict[str, Any] = {
+    "modular": lambda: recipe(kinds=ALL_KINDS),
+    "modular, auto": lambda: recipe(),
+    "modular, sequential": lambda: recipe(kinds=ALL_KINDS, order="sequential"),
+    "portable": lambda: recipe(portable=True),
+    "codebook": lambda: CodebookConfig(bits=3, calibration=calibration()),
+    "codebook, tables": lambda: CodebookConfig(
+        bits={"mlp": 2, "query_key": 1.58, "embedding": 4}, calibration=calibration()
+    ),
+    "codebook, no data": lambda: CodebookConfig(bits=4, learning="none"),
+    "codebook, tuned": lambda: CodebookConfig(bits=2, block_epochs=1, calibration=calibration()),
+    "wanda": lambda: PruningConfig(sparsity=0.5, criterion="wanda", calibration=calibration()),
+    "stack": lambda: CompressionConfig(
+        stages=[recipe(calibration=None), CodebookConfig(bits=3)], calibration=calibration()
+    ),
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model in several files, with its embedding and head tied."""
+    make_model("llama").save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
+    return tmp_path / "dense"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def in_memory(checkpoint: Path, config: Any, out: Path) -> Path:
+    model = hf_compress.compress(AutoModelForCausalLM.from_pretrained(checkpoint), config)
+    model.save_pretrained(out)
+    return out
+
+
+def assert_same(first: Path, second: Path) -> None:
+    before, after = tensors_of(first), tensors_of(second)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert config_of(first) == config_of(second)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_equals_the_run_in_memory(
+    name: str, on_disk: bool, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    if on_disk:
+        monkeypatch.setattr("hf_compress.engine.streaming._must_spill", lambda *_: True)
+    report = hf_compress.compress_checkpoint(
+        checkpoint, tmp_path / "streamed", RECIPES[name](), max_memory="64GB", device="cpu"
+    )
+    assert_same(in_memory(checkpoint, RECIPES[name](), tmp_path / "whole"), tmp_path / "streamed")
+    assert report.bytes_after < report.bytes_before
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+    assert torch.isfinite(logits(loaded)).all()
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", "streamed", "whole"}, "no scratch is left"
+
+
+def test_no_more_than_one_block_is_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    present: list[int] = []
+    real = modular_method.compress_block
+
+    def watched(anatomy: Any, *args: Any) -> Any:
+        blocks = [anatomy.block(index) for index in range(len(anatomy))]
+        present.append(sum(not any(p.is_meta for p in block.parameters()) for block in blocks))
+        return real(anatomy, *args)
+
+    monkeypatch.setattr(modular_method, "compress_block", watched)
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), device="cpu")
+    assert present == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["modular", "modular, sequential", "stack", "codebook, tuned"])
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_an_interrupted_run_goes_on(
+    name: str, stop_at: int, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def run(folder: str, **options: Any) -> None:
+        hf_compress.compress_checkpoint(checkpoint, tmp_path / folder, RECIPES[name](), device="cpu", **options)
+
+    run("whole")
+    kept = residency_module.Residency.moved
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            residency_module.Residency,
+            "moved",
+            lambda self, block, file: interrupt() if block == stop_at else kept(self, block, file),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run("out", working_directory=tmp_path / "work")
+    assert not (tmp_path / "out").exists()
+    run("out", working_directory=tmp_path / "work")
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("name", ["modular", "codebook, tables", "wanda", "stack"])
+def test_a_model_offloaded_to_disk_is_compressed_in_place(
+    name: str, offload_buffers: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=ON_DISK, offload_buffers=offload_buffers)
+    hf_compress.compress(model, RECIPES[name]())
+    whole = hf_compress.compress(AutoModelForCausalLM.from_pretrained(checkpoint), RECIPES[name]())
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters()), "it is offloaded still"
+    assert torch.equal(logits(model), logits(whole))
+    assert torch.equal(logits(model), logits(whole)), "the second call fetches the blocks again"
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(ids, max_new_tokens=5), whole.generate(ids, max_new_tokens=5))
+    model.save_pretrained(tmp_path / "out")
+    whole.save_pretrained(tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_replaced_modules_do_not_stay_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    dense: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    real = modular_method.compress_block
+
+    def watched(anatomy: Any, config: Any, block: int, *args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in dense))
+        dense.append(weakref.ref(anatomy.model.get_submodule(anatomy.mlp_path(block, "down"))))
+        return real(anatomy, config, block, *args)
+
+    monkeypatch.setattr(modular_method, "compress_block", watched)
+    config = recipe(kinds=ALL_KINDS, allocation="uniform")
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", config, device="cpu")
+    assert alive == [0] * 4
+    dense.clear()
+    hf_compress.compress(make_model("llama"), config)
+    assert alive[4:] == [0] * 4
+
+
+def test_compression_while_loading_an_offloaded_model(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=recipe(), device_map=ON_DISK)
+    assert torch.equal(logits(model), logits(hf_compress.compress(make_model("llama"), recipe())))
+
+
+def test_the_folder_of_an_offloaded_result_goes_with_the_model(checkpoint: Path, monkeypatch: Any) -> None:
+    made: list[Path] = []
+    folder = residency_module.Residency.folder
+    monkeypatch.setattr(residency_module.Residency, "folder", lambda self: made.append(folder(self)) or made[-1])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=ON_DISK)
+    hf_compress.compress(model, recipe())
+    assert made[0].is_dir()
+    del model
+    gc.collect()
+    assert not made[0].exists()
+
+
+def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for config, message in (
+        (PruningConfig(sparsity=0.5, criterion="magnitude"), "scores of all blocks"),
+        (LayerSharingConfig(unique_layers=2), "several blocks"),
+        (CodebookConfig(bits="auto", average_bits=3, calibration=calibration()), "gradients through all blocks"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            hf_compress.compress_checkpoint(checkpoint, out, config)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=ON_DISK)
+        with pytest.raises(ConfigurationError, match=message):
+            hf_compress.compress(model, config)
+    with pytest.raises(ConfigurationError, match="GB even with the hidden states in files"):
+        hf_compress.compress_checkpoint(checkpoint, out, recipe(), max_memory="1MB")
+    with pytest.raises(ConfigurationError, match="no size such as"):
+        hf_compress.compress_checkpoint(checkpoint, out, recipe(), max_memory="much")
+    with pytest.raises(ConfigurationError, match="not empty"):
+        hf_compress.compress_checkpoint(checkpoint, checkpoint, recipe())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(make_model("llama").config)
+    with pytest.raises(UnsupportedModelError, match="has no weights"):
+        hf_compress.compress(skeleton, recipe())
+    assert not out.exists()
+
+
+def test_a_damaged_checkpoint_leaves_the_resume_point(checkpoint: Path, tmp_path: Path) -> None:
+    """A shard that is cut after the run has begun: the finished blocks stay, and a whole shard lets the run go on."""
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = checkpoint / index["model.layers.3.mlp.down_proj.weight"]
+    whole, calls = shard.read_bytes(), []
+    real = modular_method.compress_block
+
+    def cutting(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            shard.write_bytes(whole[:100])
+        return real(*args)
+
+    config = recipe(allocation="uniform", kinds=ALL_KINDS)
+    options: dict[str, Any] = {"working_directory": tmp_path / "work", "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modular_method, "compress_block", cutting)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", config, **options)
+    assert not (tmp_path / "out").exists()
+    finished = sorted(file.name for file in (tmp_path / "work" / "stage-0").glob("block-*"))
+    assert finished == ["block-00000.safetensors", "block-00001.safetensors", "block-00002.safetensors"]
+    shard.write_bytes(whole)
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", config, **options)
+    assert_same(in_memory(checkpoint, config, tmp_path / "whole"), tmp_path / "out")
+
+
+def test_another_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"working_directory": tmp_path / "work", "device": "cpu"}
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), **options)
+    make_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ResumeError, match="model"):
+        hf_compress.compress_checkpoint(tmp_path / "other", tmp_path / "second", recipe(), **options)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NumericalError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "out", recipe(), device="cpu")
