@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ with install_import_hook("hf_compress", "typechecking.check"):
         ModularDecompositionConfig,
         PruningConfig,
     )
+
+# Tiny models gain nothing from threads, and processes with two each on two cores crawl. Also for processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 VOCABULARY = 96
 

@@ -250,3 +250,4 @@ def test_compare_leaves_out_what_was_not_measured() -> None:
     comparison = compare({"dense": tiny_llama()}, speed=False)
     assert comparison.to_dict()["dense"]["perplexity"] is None
     assert len(comparison.table().rows) == 1
+    assert "parameters" in str(comparison) and "dense" in str(comparison)

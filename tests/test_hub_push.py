@@ -413,3 +413,12 @@ def test_the_command(hub: HubServer, base: str, tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["push", str(tmp_path / "x"), "me/y"])
     assert failed.exit_code == 2 and "is whole" in failed.output
     assert not re.search("Traceback", failed.output)
+
+
+def test_the_license_of_a_push_from_the_shell(hub: HubServer, base: str, tmp_path: Path) -> None:
+    from_base(base).save_pretrained(tmp_path / "out")
+    pushed = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "me/licensed", "--license", "mit"])
+    assert pushed.exit_code == 0, pushed.output
+    assert "license: mit" in hub.text("me/licensed", "README.md")
+    refused = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "me/no", "--base", str(tmp_path)])
+    assert refused.exit_code != 0 and "holds no README.md" in refused.output.replace("\n", " ")

@@ -13,6 +13,7 @@ import torch
 from conftest import ALL_KINDS, calibration, interrupt, logits, make_model, recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hf_compress
 from hf_compress import (
@@ -26,6 +27,7 @@ from hf_compress import (
     ResumeError,
     UnsupportedModelError,
 )
+from hf_compress.cli import app
 from hf_compress.engine import residency as residency_module
 from hf_compress.methods.modular import method as modular_method
 
@@ -255,3 +257,25 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(NumericalError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "out", recipe(), device="cpu")
+
+
+STORIES = Path(__file__).parent / "data" / "stories260k"
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    """The command with and without --max-memory writes the same files, tokenizer included."""
+    (tmp_path / "text.txt").write_text("Once upon a time there was a little dog. It liked to play in the park. " * 200)
+    options = ["--reduction", "0.2", "--kinds", "mlp", "--dataset", str(tmp_path / "text.txt")]
+    options += ["--num-samples", "8", "--sequence-length", "64"]
+    runner = CliRunner()
+    whole = runner.invoke(app, ["run", str(STORIES), str(tmp_path / "whole"), *options])
+    assert whole.exit_code == 0, whole.output
+    more = ["--max-memory", "16GB", "--working-directory", str(tmp_path / "work"), "--keep-activations"]
+    streamed = runner.invoke(app, ["run", str(STORIES), str(tmp_path / "streamed"), *options, *more])
+    assert streamed.exit_code == 0, streamed.output
+    assert_same(tmp_path / "whole", tmp_path / "streamed")
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert names == {file.name for file in (tmp_path / "streamed").iterdir()} and "tokenizer.json" in names
+    refused = runner.invoke(app, ["run", str(STORIES), str(tmp_path / "no"), *options, "--max-memory", "20MB"])
+    assert refused.exit_code != 0 and "with the hidden states in files" in refused.output.replace("\n", " ")
+    assert not (tmp_path / "no").exists()

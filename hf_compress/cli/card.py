@@ -35,11 +35,16 @@ def card(
     """Print the card of the compressed model in PATH. What somebody wrote around our section stays."""
     from ..hub import Options, folder_card, prepare_folder
 
-    if base is not None and not (base / "README.md").is_file():
-        raise ConfigurationError(f"--base {base.name!r} holds no README.md to read. --license names it.")
+    check_base(base)
     chosen = Options(evaluation=evaluation, evaluation_data=evaluation_data, license=license_id, base=base)
     if write:
         names = prepare_folder(path, repo_id=repo_id, options=chosen)
         say(f"Wrote {', '.join(names)} into {path}.")
     else:
         typer.echo(folder_card(path, repo_id=repo_id, options=chosen))
+
+
+def check_base(base: Path | None) -> None:
+    """Raise `ConfigurationError` for a base without a card to read."""
+    if base is not None and not (base / "README.md").is_file():
+        raise ConfigurationError(f"--base {base.name!r} holds no README.md to read. --license names it.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import recipe as options
+from .card import check_base
 from .console import command, say
 
 
@@ -31,10 +32,18 @@ def push(
         Path | None, typer.Option(help="What `hf-compress eval BASE PATH --json` printed, in a file.")
     ] = None,
     evaluation_data: Annotated[str | None, typer.Option(help="Name of the text that was measured on.")] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="License of the base, such as apache-2.0, where no card says it.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base, whose card names license, task and language.")
+    ] = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Push the compressed model in PATH to REPO, with its card, in one commit. A failed upload can be repeated."""
     from ..hub import Options, push_folder
+
+    check_base(base)
 
     commit = push_folder(
         path,
@@ -44,6 +53,13 @@ def push(
         create_pr=create_pr,
         commit_message=commit_message,
         token=token,
-        options=Options(report=report, figures=figures, evaluation=evaluation, evaluation_data=evaluation_data),
+        options=Options(
+            report=report,
+            figures=figures,
+            evaluation=evaluation,
+            evaluation_data=evaluation_data,
+            license=license_id,
+            base=base,
+        ),
     )
     say(f"Pushed: {commit.pr_url or commit.commit_url}")

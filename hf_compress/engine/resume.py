@@ -98,11 +98,11 @@ class ResumePoint:
             return
         try:
             found = json.loads(state.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            before = dict(found["fingerprint"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResumeError(
                 f"{state} is damaged ({error}). Remove the working directory to start afresh."
             ) from error
-        before = found.get("fingerprint", {})
         differing = sorted(
             key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key)
         )
@@ -198,6 +198,7 @@ class ResumePoint:
                 module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
                 modules[at] = module
             parameters = {name: tensors[name] for name in record["parameters"]}
-        except (RuntimeError, KeyError, AttributeError, CheckpointError) as error:
+            rows = [ModuleReport(**row) for row in record["rows"]]
+        except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, CheckpointError) as error:
             raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
-        return BlockResult(modules, [ModuleReport(**row) for row in record["rows"]], parameters)
+        return BlockResult(modules, rows, parameters)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Int
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -41,6 +42,12 @@ class Comparison:
     def notes(self) -> list[str]:
         """How they were measured."""
         return notes_of(self.measurements)
+
+    def __str__(self) -> str:
+        console = Console(width=max(80, 24 + 28 * len(self.measurements)), no_color=True)
+        with console.capture() as captured:
+            console.print(self.table())
+        return captured.get().rstrip()
 
     def table(self) -> Table:
         """One column a model, compared with the first model in brackets."""

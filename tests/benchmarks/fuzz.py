@@ -227,7 +227,7 @@ def main() -> None:
         "outcomes": dict(outcomes.most_common()),
         "refused by": dict(refused.most_common()),
         "forward raised": dict(raised.most_common()),
-        "most memory beside the model's own, MiB": round(most / 2**20, 1),
+        "most memory of a case, MiB": round(most / 2**20, 1),
         "memory of a load beyond the file, over its size": ratios,
         "seconds": round(time.monotonic() - began),
         "violations": len(violations),
