@@ -93,6 +93,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return model.eval()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one at the end."""
+    first = ("test_real_model.py", "test_examples.py")
+    items.sort(key=lambda item: item.path.name not in first)
+
+
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
     """For calls with arguments of the wrong type on purpose, and for torch.compile, which cannot trace the checks."""

@@ -169,7 +169,14 @@ def test_serve_in_a_pipeline(smollm: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "serve_pipeline.py"), str(tmp_path / "small"), prompt]
     command += ["--port", "0", "--max-new-tokens", "16"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        # A shell that runs the tests in the background has them ignore the signal, which their processes inherit.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     timer = threading.Timer(240, process.kill)
     timer.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from contextlib import ExitStack
@@ -136,10 +137,17 @@ def _load_offloaded(
 ) -> PreTrainedModel:
     """The model with everything but its blocks on a device, and the blocks in the checkpoint's files."""
     device_map = blocks_on_disk(anatomy, str(device))
-    # The folder is for weights that the files hold in another form than the model.
-    loaded: PreTrainedModel = kind.from_pretrained(
-        model, dtype=dtype, device_map=device_map, offload_folder=folder, **load_arguments
-    )
+    # It says that parameters are offloaded, which is what was asked for.
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # The folder is for weights that the files hold in another form than the model.
+        loaded: PreTrainedModel = kind.from_pretrained(
+            model, dtype=dtype, device_map=device_map, offload_folder=folder, **load_arguments
+        )
+    finally:
+        logger.setLevel(level)
     return loaded.eval()
 
 
