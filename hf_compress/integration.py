@@ -243,6 +243,8 @@ def _load_then_compress(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    if (commit := commit_of(shared)) is not None:
+        model.config._commit_hash = commit
     compress(model, recipe, load_arguments=shared)
     return loaded
 

@@ -23,6 +23,20 @@ def check_output(out: Path) -> None:
         raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")
 
 
+def check_working_directory(directory: str | Path | None, out: Path) -> None:
+    """Raise `ConfigurationError` for a working directory in the folder that the result is written to, or a file."""
+    if directory is None:
+        return
+    place = Path(directory).resolve()
+    if place.is_file():
+        raise ConfigurationError(f"the working directory {str(directory)!r} is a file; name a folder.")
+    if place == out.resolve() or out.resolve() in place.parents:
+        raise ConfigurationError(
+            f"the working directory {str(directory)!r} lies in {str(out)!r}, which the result is written to; name one "
+            "outside."
+        )
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill in place of `out`, which is there, whole, once the context ends without an exception. What a
@@ -32,16 +46,28 @@ def whole_folder(out: Path) -> Iterator[Path]:
         ConfigurationError: as `check_output`.
     """
     check_output(out)
-    scratch = out.absolute().with_name(f".{out.absolute().name}.writing")
+    out = out.resolve()
+    scratch = out.with_name(f".{out.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        _put_in_place(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, out: Path) -> None:
+    """Give a finished folder its name. One that is there already and cannot go, such as a mount point, is filled."""
+    try:
         if out.is_dir():
             out.rmdir()  # it is empty
         scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except OSError:
+        if not out.is_dir():
+            raise
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+            shutil.move(file, out / file.name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -163,6 +163,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Dense modules of the original sizes in place of ours; the same function, without the savings."""
+        if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values()):
+            raise CompressionError("an offloaded model cannot be made dense in place. Save it, and load it whole.")
         with torch.device("meta"):
             skeleton = type(model)(model.config)
         packed = _make_inner_layers_plain(model)

@@ -249,7 +249,12 @@ def test_every_option_is_known() -> None:
 
 
 CONFIGURATIONS = [value for value in vars(hf_compress).values() if hasattr(value, "model_fields")]
-FOREIGN = ("quantization_config", "target_modules", "output_attentions", "trust_remote_code")  # of Transformers and PEFT
+FOREIGN = (
+    "quantization_config",
+    "target_modules",
+    "output_attentions",
+    "trust_remote_code",
+)  # of Transformers and PEFT
 SETTINGS = [
     code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN) and "..." not in code
 ]

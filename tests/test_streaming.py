@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import ALL_KINDS, calibration, interrupt, logits, make_model, recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from hf_compress import (
     CheckpointError,
     CodebookConfig,
     CompressionConfig,
+    CompressionError,
     ConfigurationError,
     LayerSharingConfig,
     NumericalError,
@@ -54,7 +56,7 @@ RECIPES: dict[str, Any] = {
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model in several files, with its embedding and head tied."""
+    """A model in several files."""
     make_model("llama").save_pretrained(tmp_path / "dense", max_shard_size="60KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
     return tmp_path / "dense"
@@ -134,6 +136,67 @@ def test_an_interrupted_run_goes_on(
     assert not (tmp_path / "out").exists()
     run("out", working_directory=tmp_path / "work")
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("family", "part"), [("gemma2", "embedding"), ("llama", "head")])
+def test_tables_and_heads_are_coded_for_their_inputs(family: str, part: str, tmp_path: Path) -> None:
+    """They are those of the whole model, which is not in memory."""
+    make_model(family).save_pretrained(tmp_path / "dense")
+    config = CodebookConfig(bits={"mlp": 3, part: 4}, calibration=calibration())
+    hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "streamed", config, device="cpu")
+    assert_same(in_memory(tmp_path / "dense", config, tmp_path / "whole"), tmp_path / "streamed")
+
+
+def test_a_run_in_memory_goes_on_block_by_block(checkpoint: Path, tmp_path: Path) -> None:
+    """What a user does whose first run was stopped for its memory."""
+    work = tmp_path / "work"
+    model = hf_compress.compress(AutoModelForCausalLM.from_pretrained(checkpoint), recipe(), working_directory=work)
+    model.save_pretrained(tmp_path / "whole")
+    (work / "stage-0" / "block-00003.safetensors").unlink()
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), working_directory=work, device="cpu")
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_block_that_is_offloaded_in_part(checkpoint: Path, tmp_path: Path) -> None:
+    parts = {f"model.layers.{index}": "cpu" for index in range(1, 4)}
+    parts |= {f"model.layers.0.{name}": "cpu" for name in ("self_attn", "input_layernorm", "post_attention_layernorm")}
+    device_map = {**ON_DISK, **parts, "model.layers.0.mlp": "disk"}
+    del device_map["model.layers"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device_map)
+    whole = hf_compress.compress(AutoModelForCausalLM.from_pretrained(checkpoint), recipe(kinds=ALL_KINDS))
+    hf_compress.compress(model, recipe(kinds=ALL_KINDS), working_directory=tmp_path / "work")
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_whole_model_that_is_offloaded(checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    cpu_offload(model, torch.device("cpu"))
+    hf_compress.compress(model, recipe(), working_directory=tmp_path / "work")
+    assert torch.equal(logits(model), logits(hf_compress.compress(make_model("llama"), recipe())))
+    with pytest.raises(CompressionError, match="load it whole"):
+        model.dequantize()
+    other = AutoModelForCausalLM.from_pretrained(checkpoint)
+    cpu_offload(other, torch.device("cpu"))
+    with pytest.raises(ConfigurationError, match="has to be on a device"):
+        hf_compress.compress(other, CodebookConfig(bits={"mlp": 3, "embedding": 4}, learning="none"))
+
+
+def test_where_the_result_goes(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """An empty folder, a link to one, and the folder that the user is in."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    hf_compress.compress_checkpoint(checkpoint, tmp_path / "link", recipe(), device="cpu")
+    assert (tmp_path / "real" / "config.json").exists() and (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    hf_compress.compress_checkpoint(checkpoint, ".", recipe(), device="cpu")
+    assert (tmp_path / "here" / "config.json").exists()
+    with pytest.raises(ConfigurationError, match="lies in"):
+        hf_compress.compress_checkpoint(
+            checkpoint, tmp_path / "out", recipe(), working_directory=tmp_path / "out" / "work"
+        )
+    with pytest.raises(ConfigurationError, match="name one"):
+        hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), keep_activations=True)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])

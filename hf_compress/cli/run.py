@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigurationError
-from ..output import check_output, whole_folder
+from ..output import check_output, check_working_directory, whole_folder
 from . import recipe as options
 from .console import command, say, stdout
 
@@ -76,6 +76,7 @@ def run(
 ) -> None:
     """Compress MODEL and write the result, with its tokenizer, to OUT."""
     check_output(out)
+    check_working_directory(working_directory, out)
     recipe, data = options.chosen_recipe(
         recipe_file,
         method,

@@ -254,7 +254,7 @@ def skeleton_of(model: str | Path, dtype: str | torch.dtype, load_arguments: dic
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"no model config could be read from {str(model)!r}: {error}") from error
     if getattr(read, "quantization_config", None) is not None:
-        raise ConfigurationError(f"{str(model)!r} is quantized or compressed already; plan for the dense original.")
+        raise ConfigurationError(f"{str(model)!r} is quantized or compressed already; take the dense original.")
     wanted: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
         wanted = read.dtype or torch.float32

@@ -43,17 +43,22 @@ class Residency:
         self._devices: dict[int, Any] = {}
         self._options: dict[int, dict[str, Any]] = {}
         for block, path in enumerate(self.paths):
-            away = [name for name, tensor in _kept_tensors(self.model, path) if tensor.is_meta]
+            kept = dict(_kept_tensors(self.model, path))
+            away = [name for name, tensor in kept.items() if tensor.is_meta]
             if away:
                 self._find(block, away)
-        outside = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
-        for name in outside:
-            if name not in self._sources:
-                _hook_of(self.model, name)  # an offloaded head or embedding is fetched by its own hook
+                # What is in memory of a block that is not is put away with it.
+                here = {name: tensor.detach() for name, tensor in kept.items() if not tensor.is_meta}
+                self._sources.update({name: (here, name) for name in here})
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor.is_meta and name not in self._sources:
+                # An offloaded head or embedding is fetched by its own hook.
+                hook, key = _hook_of(self.model, name)
+                self._sources[name] = (hook.weights_map, key)
 
     def __bool__(self) -> bool:
-        """Whether any block is offloaded."""
-        return bool(self._devices)
+        """Whether anything is offloaded."""
+        return bool(self._sources)
 
     def _find(self, block: int, names: list[str]) -> None:
         for name in names:
@@ -98,8 +103,8 @@ class Residency:
 
     def tensor(self, name: str) -> Tensor:
         """An offloaded tensor, from wherever it is. A copy: nothing keeps its file open."""
-        weights, key = self._sources[name]
         try:
+            weights, key = self._sources[name]
             found = weights[key]
         except Exception as error:  # of the file system or of safetensors, which has many kinds
             raise CheckpointError(
@@ -125,7 +130,8 @@ class Residency:
         path = self.paths[block]
         self._sources = {name: at for name, at in self._sources.items() if not name.startswith(f"{path}.")}
         index = {
-            name: {"safetensors_file": str(file), "weight_name": name} for name, _ in _kept_tensors(self.model, path)
+            name: {"safetensors_file": str(file.absolute()), "weight_name": name}
+            for name, _ in _kept_tensors(self.model, path)
         }
         loader = OffloadedWeightsLoader(index=index)
         self._sources.update({name: (loader, name) for name in index})
@@ -144,6 +150,15 @@ class Residency:
                 module_name=self.paths[block],
                 **options,
             )
+
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """Within the context the whole model runs: every part of a block is fetched when it is called."""
+        self.give_back()
+        try:
+            yield
+        finally:
+            self.take_over()
 
     def folder(self) -> Path:
         """A folder for the compressed blocks that lasts as long as the model does."""

@@ -133,6 +133,14 @@ class ResumePoint:
         path = self.path(block)
         return path is not None and path.exists()
 
+    def lacks(self, block: int, names: Iterable[str]) -> bool:
+        """Whether the file of a finished block is without some tensors: a run of a model in memory leaves out what it
+        does not change."""
+        path = self.path(block)
+        assert path is not None
+        with safe_open(path, framework="pt") as file:
+            return not set(names) <= set(file.keys())
+
     def keep(self, block: int, result: BlockResult, whole: dict[str, Tensor] | None = None) -> None:
         """Write a block's new modules with their layout and report rows, in one file, atomically. `whole` are tensors
         of the block that have to be there as well, where nothing else will hold them."""

@@ -57,6 +57,10 @@ class Session:
                 yield item
             return_freed_memory()
 
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Within the context all of the model can run, though blocks may be offloaded."""
+        return nullcontext() if self.residency is None else self.residency.reachable()
+
     def stream(self, batches: list[Batch]) -> BlockStream:
         return BlockStream(self.anatomy, batches, self.activations)
 

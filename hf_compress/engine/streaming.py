@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..anatomy import ModelAnatomy, join
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError
-from ..output import check_output, whole_folder
+from ..output import check_output, check_working_directory, whole_folder
 from ..sizes import parse_bytes
 from .compress import compress, prepare
 from .plan import CompressionPlan, plan, skeleton_of
@@ -34,7 +34,7 @@ def compress_checkpoint(
     processing_class: Any = None,
     calibration: Any = None,
     working_directory: str | Path | None = None,
-    max_memory: int | str | None = None,
+    max_memory: int | float | str | None = None,
     keep_activations: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
@@ -51,8 +51,8 @@ def compress_checkpoint(
         out: folder to write; it must not exist or be empty.
         config, calibration: as for `compress`.
         processing_class: as for `compress`; one that is given is saved with the model.
-        working_directory: keeps finished blocks, so that the same call goes on after an interruption; they take as
-            much room as the result. By default a folder beside `out`, removed when the call ends.
+        working_directory: keeps finished blocks, so that the same call goes on after an interruption; every stage
+            takes as much room as its result. By default a folder beside `out`, removed when the call ends.
         max_memory: bytes, or a number with its unit such as `"6GB"`, that the process may take in all.
         keep_activations: as for `compress`.
         device: where blocks run; by default the first accelerator, else the CPU.
@@ -68,8 +68,11 @@ def compress_checkpoint(
         UnsupportedModelError, CalibrationError, NumericalError, ResumeError: as for `compress`.
     """
     recipe = CompressionConfig.wrap(config)
-    target = Path(out)
+    target = Path(out).resolve()
     check_output(target)
+    check_working_directory(working_directory, target)
+    if keep_activations and working_directory is None:
+        raise ConfigurationError("keep_activations=True keeps them in a working_directory; name one.")
     skeleton = skeleton_of(model, dtype, load_arguments)
     anatomy, methods, _ = prepare(skeleton, recipe, calibration)
     for method in methods:
@@ -82,6 +85,11 @@ def compress_checkpoint(
     if max_memory is not None:
         planned = plan(skeleton, recipe, calibration=calibration, measure_time=False)
         on_disk = _must_spill(planned, _limit(max_memory))
+        if on_disk and keep_activations:
+            raise ConfigurationError(
+                "keep_activations=True writes hidden states from memory, and they do not fit into max_memory. Leave "
+                "it out: a run that goes on computes them again."
+            )
     device = torch.device(device) if device is not None else default_device()
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -115,9 +123,9 @@ def _limit(max_memory: Any) -> int:
         limit = parse_bytes(max_memory)
     except ValueError as error:
         raise ConfigurationError(f"max_memory: {error}.") from error
-    if not isinstance(limit, int) or limit <= 0:
+    if not isinstance(limit, (int, float)) or not limit > 0:
         raise ConfigurationError(f"max_memory: {max_memory!r} is no size such as 6GB.")
-    return limit
+    return int(limit)
 
 
 def default_device() -> torch.device:

@@ -41,6 +41,9 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
                 stream.advance(block, check=False)
             result = resume.load(block, anatomy.model)
             _install(session, result)
+            whole = {} if session.residency is None else session.residency.whole(block)
+            if whole and resume.lacks(block, whole):
+                resume.keep(block, result, whole)
             _moved(session, resume, block)
         else:
             with method.collect(block) as statistics:

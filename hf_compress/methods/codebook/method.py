@@ -111,11 +111,14 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def compress_outside(self, session: Session) -> BlockResult | None:
         """Embedding and head, for the inputs of the head in the dense model."""
         result = BlockResult({}, [])
+        away = [part.path for part in self.outside if dense_rows(self.anatomy.model.get_submodule(part.path)).is_meta]
+        if away:
+            raise ConfigurationError(f"{away} is offloaded; a table or head that is compressed has to be on a device.")
         head = self.anatomy.outside("head")
         statistics = None
         multiplied = [part.tied_head or part.path for part in self.outside if part.tied_head or part.path == head]
         if multiplied and self.needs_calibration:
-            with collect_inputs(self.anatomy.model, multiplied, None) as statistics:
+            with session.whole_model(), collect_inputs(self.anatomy.model, multiplied, None) as statistics:
                 run_until(self.anatomy.model, session.batches, multiplied[0], HEAD_TOKENS)
         for part in self.outside:
             generator = torch.Generator().manual_seed(self.config.seed - 1)
@@ -152,9 +155,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
 
     def compress_block(self, block: int, statistics: InputStatistics | None) -> BlockResult:
         result = BlockResult({}, [])
-        self._dense = {
-            part.path: dense_rows(self.anatomy.model.get_submodule(part.path)) for part in self.parts[block]
-        }
+        if self.sequential and self.config.block_epochs:  # for `refine_block`, which lets go of them
+            get = self.anatomy.model.get_submodule
+            self._dense = {part.path: dense_rows(get(part.path)) for part in self.parts[block]}
         generator = torch.Generator().manual_seed(self.config.seed + block)
         for parts in self._together(block, statistics):
             gram = drift = None
