@@ -72,6 +72,11 @@ class Residency:
         for block in self._devices:
             module = self.model.get_submodule(self.paths[block])
             remove_hook_from_module(module, recurse=True)
+            for part in module.modules():
+                # Accelerate leaves every module a method that refers to it: a cycle, which would keep the weights of
+                # replaced modules in memory until Python looks for cycles.
+                if getattr(part.__dict__.get("forward"), "__func__", None) is type(part).forward:
+                    del part.forward
             _put_away(self.model, self.paths[block])
 
     @contextmanager

@@ -59,6 +59,7 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
             _install(session, result)
             if dense_outputs is not None:
                 result = method.refine_block(block, result, stream, dense_outputs)
+            del statistics  # a gigabyte on a 7B model, which the next block needs
             resume.keep(block, result, None if session.residency is None else session.residency.whole(block))
             _moved(session, resume, block)
         rows.extend(result.rows)
