@@ -108,15 +108,7 @@ class Residency:
 
     def tensor(self, name: str) -> Tensor:
         """An offloaded tensor, from wherever it is. A copy: nothing keeps its file open."""
-        try:
-            weights, key = self._sources[name]
-            found = weights[key]
-        except Exception as error:  # of the file system or of safetensors, which has many kinds
-            raise CheckpointError(
-                f"the offloaded weight {name!r} cannot be read ({error}). The checkpoint, or the folder that holds "
-                "offloaded weights, is incomplete or damaged."
-            ) from error
-        return found.clone()
+        return _read(self._sources, name).clone()
 
     def knows(self, name: str) -> bool:
         """Whether `tensor` has this one."""
@@ -172,6 +164,18 @@ class Residency:
         return Path(made)
 
 
+def _read(sources: dict[str, Any], name: str) -> Tensor:
+    try:
+        weights, key = sources[name]
+        found: Tensor = weights[key]
+        return found
+    except Exception as error:  # of the file system or of safetensors, which has many kinds
+        raise CheckpointError(
+            f"the offloaded weight {name!r} cannot be read ({error}). The checkpoint, or the folder that holds "
+            "offloaded weights (of a compression in place: the working directory), is incomplete or damaged."
+        ) from error
+
+
 class _Sources(Mapping[str, Tensor]):
     """What Accelerate's hooks read: the tensors of all offloaded blocks by their full names."""
 
@@ -180,8 +184,7 @@ class _Sources(Mapping[str, Tensor]):
         self._sources = residency._sources
 
     def __getitem__(self, name: str) -> Tensor:
-        weights, key = self._sources[name]
-        return weights[key]
+        return _read(self._sources, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
