@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConfigurationError
+from .errors import CompressionError, ConfigurationError
 
 
 def check_output(out: Path) -> None:
@@ -44,6 +44,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigurationError: as `check_output`.
+        CompressionError: the finished folder cannot be given its name; it stays, and the message says where.
     """
     check_output(out)
     out = out.resolve()
@@ -52,22 +53,29 @@ def whole_folder(out: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        _put_in_place(scratch, out)
-    finally:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    try:
+        _put_in_place(scratch, out)
+    except OSError as error:
+        raise CompressionError(
+            f"the result is finished, and could not be moved to {str(out)!r} ({error}). It is whole in "
+            f"{str(scratch)!r}: move it yourself."
+        ) from error
 
 
 def _put_in_place(scratch: Path, out: Path) -> None:
     """Give a finished folder its name. One that is there already and cannot go, such as a mount point, is filled."""
-    try:
-        if out.is_dir():
+    if out.is_dir():
+        try:
             out.rmdir()  # it is empty
-        scratch.rename(out)
-    except OSError:
-        if not out.is_dir():
-            raise
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
-            shutil.move(file, out / file.name)
+        except OSError:
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+                shutil.move(file, out / file.name)
+            scratch.rmdir()
+            return
+    scratch.rename(out)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,11 +59,7 @@ def smollm() -> Path:
 @pytest.fixture(scope="module")
 def stories() -> Path:
     """stories260K, a language model of 260,000 parameters that makes real words."""
-    places = (ROOT / "tests" / "data" / "stories260k", ROOT.parent / "shared" / "models" / "stories260k")
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is None:
-        pytest.skip("stories260k is neither in tests/data nor in ../shared/models, and no package carries it")
-    return found
+    return ROOT / "tests" / "data" / "stories260k"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from hf_compress import (
 from hf_compress.cli import app
 from hf_compress.engine import residency as residency_module
 from hf_compress.methods.modular import method as modular_method
+from hf_compress.output import whole_folder
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"} | {
     "model.layers": "disk"
@@ -197,6 +199,38 @@ def test_where_the_result_goes(checkpoint: Path, tmp_path: Path, monkeypatch: An
         )
     with pytest.raises(ConfigurationError, match="name one"):
         hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), keep_activations=True)
+
+
+def test_a_finished_result_is_never_lost(tmp_path: Path, monkeypatch: Any) -> None:
+    """The last move fails: the folder stays, and the message says where. A mount point is filled instead."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CompressionError, match=r"\.out\.writing"), whole_folder(tmp_path / "out") as scratch:
+            (scratch / "config.json").write_text("{}")
+    assert (tmp_path / ".out.writing" / "config.json").exists()
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "rmdir", lambda self: refuse() if self.name == "mount" else os.rmdir(self))
+    with whole_folder(tmp_path / "mount") as scratch:
+        (scratch / "config.json").write_text("{}")
+    assert (tmp_path / "mount" / "config.json").exists() and not (tmp_path / ".mount.writing").exists()
+
+
+def test_a_plan_advises_streaming_only_where_it_works() -> None:
+    model = make_model("llama")
+    # So few data that there are no fewer.
+    streams = hf_compress.plan(model, recipe(calibration=calibration(num_samples=4, batch_size=1)))
+    assert streams.streamed_memory_at_least is not None
+    assert streams.streamed_memory_at_least <= (streams.streamed_memory or 0) < streams.peak_memory
+    with pytest.raises(ConfigurationError, match="--max-memory"):
+        streams.require_memory(streams.streamed_memory_at_least)
+    shared = hf_compress.plan(model, LayerSharingConfig(unique_layers=2))
+    assert shared.streamed_memory is None
+    with pytest.raises(ConfigurationError, match="larger machine"):
+        shared.require_memory(2**20)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])

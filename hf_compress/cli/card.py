@@ -16,16 +16,10 @@ from .console import command, say
 def card(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a compressed model.")],
     repo_id: Annotated[str | None, typer.Option("--repo", help="Id that the card names for loading.")] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(help="What `hf-compress eval BASE PATH --json` printed, in a file.")
-    ] = None,
-    evaluation_data: Annotated[str | None, typer.Option(help="Name of the text that was measured on.")] = None,
-    license_id: Annotated[
-        str | None, typer.Option("--license", help="License of the base, such as apache-2.0, where no card says it.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Folder of the base, whose card names license, task and language.")
-    ] = None,
+    evaluation: options.Evaluation = None,
+    evaluation_data: options.EvaluationData = None,
+    license_id: options.License = None,
+    base: options.Base = None,
     write: Annotated[
         bool,
         typer.Option("--write", help="Write it into PATH, with report, figure and recipe, instead of printing it."),

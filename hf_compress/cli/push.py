@@ -28,16 +28,10 @@ def push(
     token: Annotated[str | None, typer.Option(help="In place of the one that `hf auth login` has stored.")] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Send the report as JSON.")] = True,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Send the figure of the blocks.")] = True,
-    evaluation: Annotated[
-        Path | None, typer.Option(help="What `hf-compress eval BASE PATH --json` printed, in a file.")
-    ] = None,
-    evaluation_data: Annotated[str | None, typer.Option(help="Name of the text that was measured on.")] = None,
-    license_id: Annotated[
-        str | None, typer.Option("--license", help="License of the base, such as apache-2.0, where no card says it.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Folder of the base, whose card names license, task and language.")
-    ] = None,
+    evaluation: options.Evaluation = None,
+    evaluation_data: options.EvaluationData = None,
+    license_id: options.License = None,
+    base: options.Base = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Push the compressed model in PATH to REPO, with its card, in one commit. A failed upload can be repeated."""

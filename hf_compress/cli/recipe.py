@@ -75,6 +75,13 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in the model's folder or repository.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Where the model goes: auto, or a device.")]
+# What a card is told, when it is printed and when it is pushed.
+Evaluation = Annotated[Path | None, typer.Option(help="What `hf-compress eval BASE PATH --json` printed, in a file.")]
+EvaluationData = Annotated[str | None, typer.Option(help="Name of the text that was measured on.")]
+License = Annotated[
+    str | None, typer.Option("--license", help="License of the base, such as apache-2.0, where no card says it.")
+]
+Base = Annotated[Path | None, typer.Option(help="Folder of the base, whose card names license, task and language.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 

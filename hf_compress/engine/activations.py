@@ -9,8 +9,11 @@ from collections.abc import Iterable, MutableSequence
 from pathlib import Path
 from typing import Any, overload
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..errors import CompressionError
 
 
 class Activations(MutableSequence[Tensor]):
@@ -66,7 +69,13 @@ class _Filed:
         os.close(handle)  # safetensors opens the file by its name
         self.path, self.device = Path(name), tensor.device
         weakref.finalize(self, self.path.unlink, missing_ok=True)
-        save_file({"hidden": tensor.detach().cpu().contiguous()}, self.path)
+        try:
+            save_file({"hidden": tensor.detach().cpu().contiguous()}, self.path)
+        except (OSError, SafetensorError) as error:
+            raise CompressionError(
+                f"hidden states cannot be written to {str(folder)!r} ({error}): make room. With a working directory "
+                "the same call goes on."
+            ) from error
 
     def read(self) -> Tensor:
         found: Tensor = load_file(self.path)["hidden"].to(self.device, copy=True)

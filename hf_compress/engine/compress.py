@@ -51,12 +51,13 @@ def compress(
     """Compress a model in place and return it, ready for `generate`, training and `save_pretrained`.
 
     Args:
-        model: a dense Transformers model on its device, with real weights.
+        model: a dense Transformers model with real weights, on its devices or offloaded by Accelerate.
         config: the recipe; its `calibration` is used unless one is given here.
         processing_class: tokenizer (or image processor) for the calibration data. By default it is loaded from
             `model.name_or_path`.
         calibration: a `CalibrationConfig`, or anything that its `dataset` takes.
         working_directory: keeps a resume point after every block. The same call on the same inputs goes on from there.
+            Of an offloaded model it holds the compressed blocks as long as the model is used.
         load_arguments: `revision`, `token`, `cache_dir`, `subfolder`, `gguf_file` for the implicit load of the
             `processing_class`.
         activations_on_disk: keep the hidden states of the calibration data in files instead of memory, in the
@@ -69,7 +70,7 @@ def compress(
         The same model, with `compression_report` attached.
 
     Raises:
-        UnsupportedModelError: a family without an anatomy record, or weights that are not in memory.
+        UnsupportedModelError: a family without an anatomy record, or a model without weights.
         ConfigurationError: a recipe that the model cannot meet, or a model that is compressed already.
         CalibrationError: data that is missing or unfit.
         NumericalError: non-finite weights or activations, or a factorisation that failed; names the module.

@@ -62,7 +62,8 @@ class CompressionPlan:
         bytes_at_most: `bytes_on_disk` where the recipe alone decides; where data decides on sizes, what is never
             passed.
         peak_memory: bytes at the highest point of the run, model included.
-        streamed_memory: the same where the model is read block by block, as `compress_checkpoint` does.
+        streamed_memory: the same where the model is read block by block, as `compress_checkpoint` does;
+            `None` for a recipe that needs all blocks at once.
         streamed_memory_at_least: the same with the hidden states of the calibration data in files.
         seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
         workload: how much it is calibrated on.
@@ -78,8 +79,8 @@ class CompressionPlan:
     bytes_on_disk: int
     bytes_at_most: int
     peak_memory: int
-    streamed_memory: int
-    streamed_memory_at_least: int
+    streamed_memory: int | None
+    streamed_memory_at_least: int | None
     seconds: float | None
     workload: Workload
     peak_for: Callable[[Workload], int] = field(repr=False, compare=False)
@@ -114,7 +115,7 @@ class CompressionPlan:
                     f"num_samples={workload.num_samples} and batch_size={workload.batch_size} would take "
                     f"{self.peak_for(workload) / 2**30:.2f} GiB."
                 )
-        if self.streamed_memory_at_least <= free:
+        if self.streamed_memory_at_least is not None and self.streamed_memory_at_least <= free:
             return (
                 "no smaller calibration would fit either. Block by block it takes "
                 f"{self.streamed_memory_at_least / 2**30:.2f} GiB: compress_checkpoint(), or --max-memory."
@@ -199,11 +200,12 @@ def plan(
     anatomy = resolve_anatomy(skeleton)
     workload = Workload.of(recipe, calibration)
     before = count_weights(anatomy)
-    slack, peaks = 0, []
+    slack, peaks, streams = 0, list[StagePeak](), True
     for stage in recipe.stages:
         current = resolve_anatomy(skeleton)
         method = create_method(stage, current)
         expectation = method.expect()
+        streams = streams and method.needs_whole_model is None
         peaks.append(StagePeak.of(current, method, expectation))
         if expectation.layout:
             replay(skeleton, expectation.layout)
@@ -225,8 +227,8 @@ def plan(
         bytes_on_disk=after[2],
         bytes_at_most=after[2] + slack,
         peak_memory=peak_for(workload),
-        streamed_memory=max(peak.streamed(workload, in_files=False) for peak in peaks),
-        streamed_memory_at_least=max(peak.streamed(workload, in_files=True) for peak in peaks),
+        streamed_memory=max(peak.streamed(workload, in_files=False) for peak in peaks) if streams else None,
+        streamed_memory_at_least=max(peak.streamed(workload, in_files=True) for peak in peaks) if streams else None,
         seconds=seconds,
         workload=workload,
         peak_for=peak_for,

@@ -42,6 +42,8 @@ class Residency:
         self._sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
         self._devices: dict[int, Any] = {}
         self._options: dict[int, dict[str, Any]] = {}
+        # Blocks whose weights were found to be finite: every pass fetches them anew.
+        self._seen: set[int] = set()
         for block, path in enumerate(self.paths):
             kept = dict(_kept_tensors(self.model, path))
             away = [name for name, tensor in kept.items() if tensor.is_meta]
@@ -102,9 +104,11 @@ class Residency:
             if not tensor.is_meta:
                 continue
             found = self.tensor(name)
-            if found.is_floating_point() and not torch.isfinite(found).all():
+            unseen = block not in self._seen and found.is_floating_point()
+            if unseen and not torch.isfinite(found).all():
                 raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
             _set(self.model, name, found.to(self._devices[block]))
+        self._seen.add(block)
 
     def tensor(self, name: str) -> Tensor:
         """An offloaded tensor, from wherever it is. A copy: nothing keeps its file open."""

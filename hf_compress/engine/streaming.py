@@ -177,6 +177,7 @@ def blocks_on_disk(anatomy: ModelAnatomy, device: str) -> dict[str, str]:
 
 def _must_spill(planned: CompressionPlan, limit: int) -> bool:
     """Whether activations have to lie in files; refuses a limit that even then is too small."""
+    assert planned.streamed_memory is not None and planned.streamed_memory_at_least is not None
     taken = psutil.Process().memory_info().rss
     if planned.streamed_memory + taken <= limit:
         return False
