@@ -1,82 +1,156 @@
-"""Two gloo processes: one compresses, both end with the same model; an error is raised on both."""
+"""One, two and four gloo processes compress together: each runs a part of the data and solves a part of the modules,
+and all end with the model that one process makes."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
+import functools
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-
-SCRIPT = """
-import os, sys
 import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from accelerate import PartialState
-from conftest import ALL_KINDS, calibration, make_model, recipe, token_ids
-import hf_compress
-from hf_compress.engine import compress as engine
+from conftest import make_model
+from safetensors.torch import load_file
+from support.processes import Processes, compress_broken, compress_files, compress_model, folder_names
 
-state = PartialState(cpu=True)
-calls = []
-walk = engine.walk
-def counted(*arguments):
-    calls.append(1)
-    return walk(*arguments)
-engine.walk = counted
+from hf_compress.engine.blocks import every_nth
 
-mode = sys.argv[1]
-model = make_model("llama")
-if mode == "nan" and state.is_main_process:
-    # A failure that only the main process meets, in the middle of its work.
-    engine.walk = lambda *arguments: (_ for _ in ()).throw(hf_compress.NumericalError("model.layers.2: broken"))
-try:
-    if mode == "codebook":  # with norms that are tuned, indices in 16 bits, and three codes with a copy of their own
-        bits = {{"mlp": 1.58, "query_key": 2, "embedding": 4}}
-        options = hf_compress.CodebookConfig(
-            bits=bits, rows_per_codebook=8, block_epochs=1, trainable_codebooks=True, calibration=calibration()
-        )
-        hf_compress.compress(model, options)
-    else:
-        fields = {{"portable": True}} if mode == "portable" else {{"kinds": ALL_KINDS}}
-        hf_compress.compress(model, recipe(**fields))
-except hf_compress.CompressionError as error:
-    print(f"RANK {{state.process_index}} ERROR {{error}}", flush=True)
-    sys.exit(3)
-with torch.no_grad():
-    total = model(token_ids(2, 16)).logits.double().sum().item()
-width = model.config.intermediate_size
-print(f"RANK {{state.process_index}} CALLS {{len(calls)}} WIDTH {{width}} SUM {{total!r}}", flush=True)
-torch.distributed.destroy_process_group()
-"""
-
-
-def launch(tmp_path: Path, mode: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
-    port = 20000 + os.getpid() % 20000
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*command, str(script), mode], capture_output=True, text=True, timeout=240, env=environment)
-
-
-@pytest.mark.parametrize("mode", ["all kinds", "portable", "codebook"])
-def test_one_process_compresses_for_all(tmp_path: Path, mode: str) -> None:
-    result = launch(tmp_path, mode)
-    assert result.returncode == 0, result.stderr[-3000:]
-    # Wherever they stand: the processes share a stream.
-    lines = sorted(line.split() for line in re.findall(r"RANK \d CALLS \d+ WIDTH \d+ SUM [-.e\d]+", result.stdout))
-    assert [line[1] for line in lines] == ["0", "1"]
-    assert [line[3] for line in lines] == ["1", "0"], "only the main process walks over the blocks"
-    assert lines[0][4:] == lines[1][4:], "both processes hold the same model"
+ALL_KINDS = ["mlp", "query_key", "value_output"]
+MODULAR: dict[str, Any] = {"method": "modular_decomposition", "reduction": 0.25}
+# Name: stages, options of the calibration data, and whether the processes share the work.
+RECIPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], bool]] = {
+    "modular": ([{**MODULAR, "kinds": ALL_KINDS, "allocation": "uniform"}], {}, True),
+    "modular, sequential": (
+        [{**MODULAR, "kinds": ALL_KINDS, "allocation": "uniform", "order": "sequential"}],
+        {},
+        True,
+    ),
+    "portable": ([{**MODULAR, "portable": True}], {}, True),
+    "codebook": ([{"method": "codebook", "bits": 3}], {"num_samples": 19, "batch_size": 5}, True),
+    "mixed bits": ([{"method": "codebook", "bits": "auto", "average_bits": 2.5, "order": "dense"}], {}, True),
+    "Wanda": ([{"method": "pruning", "sparsity": 0.5, "criterion": "wanda"}], {}, True),
+    "stacked": (
+        [MODULAR, {"method": "codebook", "bits": 3, "order": "dense"}],
+        {},
+        True,
+    ),
+    # Norms that are tuned, indices in 16 bits, and three codes with a copy of their own.
+    "tuned blocks": (
+        [
+            {
+                "method": "codebook",
+                "bits": {"mlp": 1.58, "query_key": 2, "embedding": 4},
+                "rows_per_codebook": 8,
+                "block_epochs": 1,
+                "trainable_codebooks": True,
+            }
+        ],
+        {},
+        False,
+    ),
+    "sharing": ([{"method": "sharing", "unique_layers": 2, "lora_rank": 2}], {}, False),
+    "too few sequences": (
+        [{**MODULAR, "kinds": ["mlp"]}],
+        {"num_samples": 1, "num_held_out": 0},
+        False,
+    ),
+}
+PROCESSES = Processes()
 
 
-def test_an_error_reaches_every_process(tmp_path: Path) -> None:
-    result = launch(tmp_path, "nan")
-    assert result.returncode != 0
-    for rank in (0, 1):
-        assert f"RANK {rank} ERROR" in result.stdout, result.stdout + result.stderr[-2000:]
-    assert result.stdout.count("model.layers.2") == 2
+@functools.cache
+def compressed(recipe: str, size: int) -> list[Any]:
+    stages, options, shared = RECIPES[recipe]
+    # In float64 rounding moves no weight from one code to the next.
+    dtype = "float64" if shared else "float32"
+    results = PROCESSES.run(size, compress_model, "llama", stages, dtype, options)
+    for result in results:
+        assert isinstance(result, dict), result
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_the_result_is_that_of_one_process(recipe: str, size: int) -> None:
+    alone = compressed(recipe, 1)[0]
+    results = compressed(recipe, size)
+    for result in results:
+        assert result["state"] == results[0]["state"], "the processes hold different models"
+        assert [path for path, _ in result["rows"]] == [path for path, _ in alone["rows"]]
+        errors = [[error or 0.0 for _, error in rows] for rows in (result["rows"], alone["rows"])]
+        np.testing.assert_allclose(errors[0], errors[1], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(result["logits"], alone["logits"], rtol=1e-6, atol=1e-6)
+        assert result["left_alone"] == alone["left_alone"]
+        assert result["notes"].keys() == alone["notes"].keys()
+
+
+@pytest.mark.parametrize("recipe", [name for name, (_, _, shared) in RECIPES.items() if shared])
+def test_each_has_its_share_of_the_data(recipe: str) -> None:
+    alone, results = compressed(recipe, 1)[0], compressed(recipe, 4)
+    others = [result["sequences"] for result in results[1:]]
+    # The main process surveys for all, so it has more.
+    assert max(others) <= alone["sequences"] / 3 and min(others) > 0
+    assert results[0]["sequences"] < alone["sequences"]
+
+
+@pytest.mark.parametrize("recipe", ["modular", "modular, sequential", "codebook"])
+def test_each_solves_its_share(recipe: str) -> None:
+    solved = [result["solved"] for result in compressed(recipe, 2)]
+    assert min(solved) >= 4, "of four blocks with two or more pieces each"
+
+
+@pytest.mark.parametrize("recipe", [name for name, (_, _, shared) in RECIPES.items() if not shared])
+def test_otherwise_one_works_for_all(recipe: str) -> None:
+    results = compressed(recipe, 2)
+    assert results[1]["sequences"] == results[1]["solved"] == 0
+
+
+@pytest.mark.parametrize("recipe", ["modular", "codebook"])
+def test_as_many_processes_make_the_same_bytes(recipe: str) -> None:
+    stages, options, _ = RECIPES[recipe]
+    again = PROCESSES.run(4, compress_model, "llama", stages, "float64", options)
+    assert again[0]["state"] == compressed(recipe, 4)[0]["state"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_is_raised_on_all(rank: int) -> None:
+    for found in PROCESSES.run(2, compress_broken, rank):
+        assert "NumericalError" in found and "model.layers.2" in found, found
+
+
+@pytest.mark.parametrize("stage", [RECIPES["modular"][0][0], RECIPES["codebook"][0][0]])
+def test_checkpoints_are_streamed_by_all_processes(stage: dict[str, Any], tmp_path: Path) -> None:
+    make_model("llama", torch.float64).save_pretrained(tmp_path / "dense")
+    out = [str(tmp_path / name) for name in ("alone", "together")]
+    assert PROCESSES.run(1, compress_files, str(tmp_path / "dense"), out[0], None, [stage], -2) == ["done"]
+    assert PROCESSES.run(2, compress_files, str(tmp_path / "dense"), out[1], None, [stage], -2) == ["done", "done"]
+    alone, together = (load_file(f"{folder}/model.safetensors") for folder in out)
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-6, atol=1e-9)
+    assert folder_names(str(tmp_path)) == sorted(
+        [*("alone", "dense", "together")]
+        + [f"{name}/{file}" for name in ("alone", "dense", "together") for file in folder_names(f"{tmp_path}/{name}")]
+    ), "nothing is left beside the result"
+
+
+def test_a_run_of_several_processes_goes_on(tmp_path: Path) -> None:
+    make_model("llama", torch.float64).save_pretrained(tmp_path / "dense")
+    stages = RECIPES["modular"][0]
+    whole, cut, work = (str(tmp_path / name) for name in ("whole", "cut", "work"))
+    assert PROCESSES.run(2, compress_files, str(tmp_path / "dense"), whole, None, stages, -2) == ["done", "done"]
+    for found in PROCESSES.run(2, compress_files, str(tmp_path / "dense"), cut, work, stages, 2):
+        assert "power cut" in found
+    assert (tmp_path / "work/stage-0/block-00001.safetensors").exists() and not Path(cut).exists()
+    assert PROCESSES.run(2, compress_files, str(tmp_path / "dense"), cut, work, stages, -2) == ["done", "done"]
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in (whole, cut))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sequences_are_dealt_out_in_turn() -> None:
+    ids = torch.arange(7 * 3).reshape(7, 3)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in (ids[:4], ids[4:6], ids[6:])]
+    dealt = [torch.cat([batch["input_ids"] for batch in every_nth(batches, rank, 3)]) for rank in range(3)]
+    assert [part[:, 0].tolist() for part in dealt] == [[0, 9, 18], [3, 12], [6, 15]]
+    assert every_nth(batches, 0, 1)[0]["input_ids"].equal(ids[:4])

@@ -126,6 +126,7 @@ def run(
     import hf_compress
 
     from ..calibration.sources import check_local_data
+    from ..engine.distributed import Processes, process_state
     from ..engine.freed import keep_heap_small
     from .loading import is_compressed, load_model, load_tokenizer
 
@@ -149,7 +150,8 @@ def run(
             dtype=dtype,
             revision=revision,
         )
-        _finish(report, out)
+        if process_state().is_main_process:
+            _finish(report, out)
         return
     if device_map is None and gguf_file is None and not is_compressed(model, revision):
         planned = hf_compress.plan(
@@ -165,10 +167,15 @@ def run(
         working_directory=working_directory,
         keep_activations=keep_activations,
     )
-    with whole_folder(out) as scratch:
-        compressed.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-    _finish(compressed.compression_report, out)
+
+    def save() -> None:
+        with whole_folder(out) as scratch:
+            compressed.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        _finish(compressed.compression_report, out)
+
+    with Processes.of_launcher() as processes:
+        processes.once(save)
 
 
 def _finish(report: CompressionReport, out: Path) -> None:

@@ -254,6 +254,19 @@ def _row_of(value: Any, size: int, rows: slice) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
 
+def every_nth(batches: list[Batch], first: int, n: int) -> list[Batch]:
+    """Of all sequences, counted through the batches, number `first` and every n-th after it. Batches get smaller; one
+    without a sequence is left out."""
+    taken, seen = list[Batch](), 0
+    for batch in batches:
+        start = (first - seen) % n
+        size = max(len(tensor) for tensor in batch.values())
+        if start < size:
+            taken.append(_rows(batch, slice(start, None, n)))
+        seen += size
+    return taken
+
+
 def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
     """The first batches, until they hold `tokens` positions; the last one is cut to whole sequences."""
     taken: list[Batch] = []

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
 from ..layout import UNFINISHED, layout_of
-from .distributed import Outcome, on_one_process, several_processes
+from .distributed import Processes, several_processes
 from .inputs import Inputs, is_hub_id
 from .order import check_order, continues
 from .registry import create_method, method_class
@@ -81,21 +82,19 @@ def compress(
     _require_dense(model, goes_on)
     anatomy, methods, sources = prepare(model, recipe, calibration)
     _require_finite_weights(model)
-    residency = _residency(anatomy, methods)
+    residency = _residency(anatomy, methods, working_directory)
     directory = None if working_directory is None else Path(working_directory)
     if keep_activations and directory is None:
         raise ConfigurationError("keep_activations=True keeps them in a working_directory; name one.")
+    if keep_activations and several_processes():
+        raise ConfigurationError("keep_activations=True is for one process: of several each has a part of them.")
     base = str(getattr(model.config, "name_or_path", "") or "")
     before = count_weights(anatomy)
     attached = {name: model.__dict__.get(name) for name in ("hf_quantizer", "compression_report")}
     layout = layout_of(model)
     earlier = _reopen(model, recipe) if goes_on else []
 
-    def run() -> Outcome:
-        inputs = Inputs(processing_class, load_arguments or {}, base)
-        with _folder_of_activations(directory) if activations_on_disk else nullcontext() as activations:
-            places = _Places(directory, keep_activations, activations)
-            return _run(model, recipe, sources, inputs, places, residency, before)
+    inputs = Inputs(processing_class, load_arguments or {}, base)
 
     def untouched() -> bool:
         """After a failure: give a model that is as it was its quantizer and report back."""
@@ -107,8 +106,16 @@ def compress(
         return True
 
     # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad(), _interruptible(model, untouched), _taken_over(residency):
-        report, provenance, _ = on_one_process(model, run)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        Processes.of_launcher() as processes,
+        _interruptible(model, untouched),
+        _taken_over(residency),
+        _folder_of_activations(directory, processes) if activations_on_disk else nullcontext() as activations,
+    ):
+        places = _Places(directory, keep_activations, activations)
+        report, provenance = _run(model, recipe, sources, inputs, places, residency, before, processes)
         for method in methods:
             method.finish()
     attach_result(model, {"stages": [*earlier, *recipe.to_dict()["stages"]]}, report, provenance)
@@ -192,15 +199,15 @@ def _run(
     places: _Places,
     residency: Residency | None,
     before: tuple[int, int, int],
-) -> Outcome:
+    processes: Processes,
+) -> tuple[CompressionReport, dict[str, Any]]:
     directory = places.resume
-    checksum = None if directory is None else model_checksum(model, residency)
+    checksum = None if directory is None else processes.once(lambda: model_checksum(model, residency))
     if residency is not None and directory is None:
         directory = residency.folder()
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}
     left_alone: list[str] = []
-    changed: list[str] = []
     provenance = describe_run(inputs.base, model)
     for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
         # The stage before has changed the structure: a method looks at the model as it is now.
@@ -208,7 +215,7 @@ def _run(
         if position:
             method_class(stage).reopen(model, stage)
         method = create_method(stage, anatomy)
-        data = inputs.load(model, method, source)
+        data = processes.once(partial(inputs.load, model, method, source))
         fingerprint = {
             "recipe": hashlib.sha256(json.dumps(stage.to_dict(), sort_keys=True).encode()).hexdigest(),
             "model": checksum,
@@ -218,22 +225,23 @@ def _run(
         }
         stage_directory = None if directory is None else directory / f"stage-{position}"
         resume = ResumePoint(stage_directory, fingerprint, places.keep_activations)
-        session = Session(
-            anatomy, data.batches if data else [], data.held_out if data else [], residency, places.activations
-        )
+        processes.once(resume.open)
+        if residency is not None:
+            processes.each(partial(_require_in_sight, stage_directory))
+        batches, held_out = (data.batches, data.held_out) if data else ([], [])
+        session = Session(anatomy, batches, held_out, residency, places.activations, processes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stage.seed)
             _survey(method, session, resume)
             rows += walk(session, method, resume)
         notes.update(session.notes)
         left_alone += session.left_alone
-        changed += session.changed
         if data is not None:
             notes["calibration_tokens"] = notes.get("calibration_tokens", 0) + data.num_tokens
             provenance["calibration"].append({**data.description, "fingerprint": data.fingerprint})
     after = count_weights(resolve_anatomy(model))
     report = CompressionReport(rows, before[0], after[0], before[1], after[1], before[2], after[2], notes, left_alone)
-    return report, provenance, changed
+    return report, provenance
 
 
 def describe_run(base: str, model: PreTrainedModel) -> dict[str, Any]:
@@ -246,15 +254,29 @@ def describe_run(base: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _require_in_sight(directory: Path | None) -> None:
+    """The blocks that one process writes are read by all of them."""
+    if directory is not None and not directory.is_dir():
+        raise ConfigurationError(
+            f"the working directory {str(directory.parent)!r} is not seen by every process. The model is offloaded, "
+            "and its compressed blocks lie there: name a folder that all machines share."
+        )
+
+
 @contextmanager
-def _folder_of_activations(directory: Path | None) -> Iterator[Path]:
-    """Gone at the end; what a killed run has left goes at the start."""
+def _folder_of_activations(directory: Path | None, processes: Processes) -> Iterator[Path]:
+    """Of this process; gone at the end. What a killed run has left goes at the start."""
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="hf_compress-") as temporary:
             yield Path(temporary)
         return
-    folder = directory / "activations"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = directory / f"activations-{processes.rank}"
+
+    def clear() -> None:
+        for left in directory.glob("activations-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    processes.once(clear)
     try:
         yield folder
     finally:
@@ -262,17 +284,26 @@ def _folder_of_activations(directory: Path | None) -> Iterator[Path]:
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
-    """Survey, or take up what an interrupted run had decided."""
-    kept = resume.decisions
-    if kept is None:
-        method.survey(session)
-        found = method.decisions()
-        if found is not None:
-            resume.keep_decisions({"method": found, "notes": session.notes, "left_alone": session.left_alone})
-    else:
-        method.restore(kept["method"])
-        session.notes.update(kept["notes"])
-        session.left_alone.extend(kept["left_alone"])
+    """Survey on one process, or take up what an interrupted run had decided; the others are told."""
+
+    def decide() -> dict[str, Any]:
+        kept = resume.decisions
+        if kept is None:
+            method.survey(session)
+            kept = {"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone}
+            if kept["method"] is not None:
+                resume.keep_decisions(kept)
+        else:
+            method.restore(kept["method"])
+        return kept
+
+    found = session.processes.once(decide)
+    if not session.processes.is_main and session.is_shared(method):
+        if found["method"] is None:
+            method.survey(session)
+        else:
+            method.restore(found["method"])
+    session.notes, session.left_alone = found["notes"], found["left_alone"]
 
 
 def attach_result(
@@ -330,7 +361,9 @@ def _require_dense(model: PreTrainedModel, goes_on: bool) -> None:
         )
 
 
-def _residency(anatomy: ModelAnatomy, methods: list[Method[Any, Any]]) -> Residency | None:
+def _residency(
+    anatomy: ModelAnatomy, methods: list[Method[Any, Any]], working_directory: str | Path | None
+) -> Residency | None:
     """What brings a model's offloaded blocks into memory; `None` where all of it is there."""
     residency = Residency(anatomy)
     if not residency:
@@ -347,10 +380,10 @@ def _residency(anatomy: ModelAnatomy, methods: list[Method[Any, Any]]) -> Reside
             f"the model is offloaded and holds modules of type {sorted(packed)}, which have to be unpacked first. "
             "Load it whole, or compress its dense original."
         )
-    if several_processes():
+    if several_processes() and working_directory is None:
         raise ConfigurationError(
-            "the model is offloaded, and several processes would each fetch and compress its blocks. Start one "
-            "process."
+            "the model is offloaded, and its compressed blocks have to lie where every process finds them as long as "
+            "the model is used: name a working_directory."
         )
     return residency
 

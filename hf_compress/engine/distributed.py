@@ -1,23 +1,27 @@
-"""Several processes under `accelerate launch`: one compresses, the others receive the result."""
+"""Several processes, as `accelerate launch` starts them, at work on one compression."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
-from torch import nn
+from torch import Tensor
 
+from .. import errors
 from ..errors import CompressionError
-from ..layout import check_tensors, layout_of, replay
-from .report import CompressionReport
 
 # Where torchrun and the MPI launchers say how many processes there are.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# The report, the provenance, and the names of parameters that stay and have new values.
-Outcome = tuple[CompressionReport, dict[str, Any], list[str]]
+# What one process does while the others wait, such as a search, may take hours; the usual limit is minutes.
+PATIENCE = timedelta(days=30)
+
+Found = TypeVar("Found")
 
 
 def several_processes() -> bool:
@@ -25,46 +29,115 @@ def several_processes() -> bool:
     return torch.distributed.is_initialized() or int(get_int_from_env(WORLD_SIZES, 1)) > 1
 
 
-def on_one_process(model: nn.Module, run: Callable[[], Outcome]) -> Outcome:
-    """Call `run` on the main process and give every process its result and the replaced modules' tensors.
-
-    The other processes wait; none compresses a copy of its own. An error of the main process is raised on all.
-    """
-    if not several_processes():
-        return run()
+def process_state() -> PartialState:
+    """Accelerate's view of this process, set up where it was not yet."""
     # As the launcher asks for it: without, a process on CPUs takes itself for the only one.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes == 1:
-        return run()
-    message: list[Any] = [None]
-    failure: BaseException | None = None
-    if state.is_main_process:
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+class Processes:
+    """The processes at work; without arguments, this one alone.
+
+    Every method is called by all of them, in the same order.
+
+    Args:
+        rank: number of this process.
+        size: how many there are.
+        group: over gloo, for messages and for tensors on the CPU. Tensors on accelerators go through the back end that
+            the launcher has chosen.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    @classmethod
+    @contextmanager
+    def of_launcher(cls) -> Iterator[Processes]:
+        """Those that a launcher has started, for the time of the context."""
+        state = process_state() if several_processes() else None
+        if state is None or state.num_processes == 1:
+            yield cls()
+            return
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
-            outcome = run()
-            message = [("done", outcome, layout_of(model))]
+            yield cls(state.process_index, state.num_processes, group)
+        finally:
+            torch.distributed.destroy_process_group(group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def each(self, work: Callable[[], Found]) -> list[Found]:
+        """What `work` returns on every process, by rank. An exception of one is raised on all."""
+        if self.size == 1:
+            return [work()]
+        failure: Exception | None = None
+        try:
+            own: tuple[bool, Any] = (True, work())
         except Exception as error:  # sent on, and raised below on every process
-            failure = error
-            message = [("failed", f"{type(error).__name__}: {error}")]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if failure is not None:
-        raise failure
-    if message[0][0] == "failed":
-        raise CompressionError(f"compression failed on the main process: {message[0][1]}")
-    outcome, layout = message[0][1:]
-    if not state.is_main_process and layout:
-        replay(model, layout)
-    _broadcast(model, [entry["path"] for entry in layout], outcome[2])
-    result: Outcome = outcome
-    return result
+            failure, own = error, (False, _described(error))
+        gathered: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(gathered, own, group=self._group)
+        if failure is not None:
+            raise failure
+        for rank, (fine, found) in enumerate(gathered):
+            if not fine:
+                raise _raised_by(rank, *found)
+        return [found for _, found in gathered]
+
+    def once(self, work: Callable[[], Found]) -> Found:
+        """What `work` returns on the main process, which alone calls it."""
+        if self.size == 1:
+            return work()
+        failure: Exception | None = None
+        message: list[Any] = [None]
+        if self.is_main:
+            try:
+                message = [(True, work())]
+            except Exception as error:  # sent on, and raised below on every process
+                failure, message = error, [(False, _described(error))]
+        torch.distributed.broadcast_object_list(message, src=0, group=self._group)
+        if failure is not None:
+            raise failure
+        fine, found = message[0]
+        if not fine:
+            raise _raised_by(0, *found)
+        return cast(Found, found)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.each(lambda: None)
+
+    def add_up(self, tensor: Tensor, owner: int | None) -> None:
+        """Put the sum of all processes' tensors into that of the owner, or of every process if `owner` is `None`. What
+        the others' tensors hold then means nothing."""
+        if self.size == 1:
+            return
+        group = self._group_for(tensor)
+        if owner is None:
+            torch.distributed.all_reduce(tensor, group=group)
+        else:
+            torch.distributed.reduce(tensor, dst=owner, group=group)
+
+    def hand_round(self, tensor: Tensor, owner: int) -> None:
+        """Fill a contiguous tensor with that of its owner."""
+        if self.size > 1 and tensor.numel():
+            # As bytes: not every back end knows every dtype.
+            raw = tensor.reshape(-1).view(torch.uint8)
+            torch.distributed.broadcast(raw, src=owner, group=self._group_for(tensor))
+
+    def _group_for(self, tensor: Tensor) -> Any:
+        return self._group if tensor.device.type == "cpu" else None
 
 
-def _broadcast(model: nn.Module, paths: list[str], parameters: list[str]) -> None:
-    """Tensors of new modules, and parameters that stay and have new values."""
-    tensors = [tensor for path in paths for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()]
-    for tensor in [*tensors, *(model.get_parameter(name) for name in parameters)]:
-        # As bytes: not every back end knows every dtype.
-        contiguous = tensor.detach().contiguous()
-        if contiguous.numel():
-            torch.distributed.broadcast(contiguous.view(-1).view(torch.uint8), src=0)
-            tensor.detach().copy_(contiguous)
-    check_tensors(model)
+def _described(error: Exception) -> tuple[str, str]:
+    return type(error).__name__, str(error)
+
+
+def _raised_by(rank: int, name: str, text: str) -> CompressionError:
+    """The error of another process, of the same type where it is one of ours."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, CompressionError):
+        return kind(f"{text} (Found by process {rank}.)")
+    return CompressionError(f"process {rank} failed with {name}: {text}")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ResumeError
-from ..layout import build_module, layout_entry
-from .report import ModuleReport
 from .residency import Residency
+from .results import pack_result, unpack_result
 from .session import OUTSIDE, BlockResult
 
 # What `write_atomically` and `keep` write until it is whole; the number is the process's.
@@ -80,14 +78,19 @@ class ResumePoint:
         directory: where this stage keeps its files.
         fingerprint: what must be equal for the finished blocks to be of use.
         keeps_activations: whether hidden states are kept beside them.
-
-    Raises:
-        ResumeError: the directory holds another run; the message names what differs.
     """
 
     def __init__(self, directory: Path | None, fingerprint: dict[str, Any], keeps_activations: bool = False) -> None:
         self.directory, self.keeps_activations = directory, keeps_activations
         self._state: dict[str, Any] = {"fingerprint": fingerprint}
+
+    def open(self) -> None:
+        """Begin, or go on with what is there; before anything else, and by one process.
+
+        Raises:
+            ResumeError: the directory holds another run; the message names what differs.
+        """
+        directory, fingerprint = self.directory, self._state["fingerprint"]
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -147,20 +150,8 @@ class ResumePoint:
         path = self.path(block)
         if path is None:
             return
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (whole or {}).items()}
-        tensors.update(
-            {
-                f"{at}.{name}": tensor.detach().cpu().contiguous()
-                for at, module in result.modules.items()
-                for name, tensor in module.state_dict().items()
-            }
-        )
-        tensors.update({name: values.detach().cpu().contiguous() for name, values in result.parameters.items()})
-        record = {
-            "layout": [layout_entry(at, module) for at, module in result.modules.items()],
-            "rows": [asdict(row) for row in result.rows],
-            "parameters": sorted(result.parameters),
-        }
+        record, changed = pack_result(result)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in {**(whole or {}), **changed}.items()}
         # A file needs at least one tensor; a block that stays dense has none.
         _save(path, tensors or {"": torch.zeros(1)}, {"block": json.dumps(record)})
 
@@ -197,16 +188,7 @@ class ResumePoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
-        modules: dict[str, nn.Module] = {}
         try:
-            for entry in record["layout"]:
-                at = entry["path"]
-                module = build_module(model.get_submodule(at), entry)
-                prefix = f"{at}."
-                module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-                modules[at] = module
-            parameters = {name: tensors[name] for name in record["parameters"]}
-            rows = [ModuleReport(**row) for row in record["rows"]]
+            return unpack_result(record, tensors, model)
         except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, CheckpointError) as error:
             raise ResumeError(f"{path} is damaged ({error}). Remove this file to compute the block again.") from error
-        return BlockResult(modules, rows, parameters)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..anatomy import ModelAnatomy
 from ..configuration import MethodConfig
-from .blocks import Batch, BlockStream
+from .blocks import Batch, BlockStream, every_nth
+from .distributed import Processes
 from .freed import return_freed_memory
 from .report import ModuleReport
 from .residency import Residency
@@ -35,9 +37,9 @@ class Session:
         held_out: batches of the same source that are never calibrated on, for choices such as temperatures.
         residency: brings blocks that are offloaded into memory; `None` where all are there.
         activations: folder where hidden states are kept; `None` for memory.
+        processes: those that work on the stage together; each holds all of `batches`.
         notes: choices that were made from data, for the report.
         left_alone: what the method did not compress and why.
-        changed: names of parameters that stay and have new values.
     """
 
     anatomy: ModelAnatomy
@@ -45,17 +47,30 @@ class Session:
     held_out: list[Batch]
     residency: Residency | None = None
     activations: Path | None = None
+    processes: Processes = field(default_factory=Processes)
     notes: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
 
     def progress(self, items: range, description: str) -> Iterator[int]:
         """The blocks in turn, each in memory as long as it is the turn, with a progress bar on the first process. What
         a block has freed goes back to the system."""
         for item in tqdm(items, desc=description, unit="block", leave=False, disable=None):
-            with nullcontext() if self.residency is None else self.residency.resident(item):
+            with self.resident(item):
                 yield item
             return_freed_memory()
+
+    def resident(self, block: int) -> AbstractContextManager[None]:
+        """Within the context a block is in memory, though it may be offloaded."""
+        return nullcontext() if self.residency is None else self.residency.resident(block)
+
+    def own_batches(self) -> list[Batch]:
+        """This process's part of the calibration data: every sequence in its turn."""
+        return every_nth(self.batches, self.processes.rank, self.processes.size)
+
+    def is_shared(self, method: Method[Any, Any]) -> bool:
+        """Whether all processes work on a method's blocks; with less than a sequence for each, one does it alone."""
+        sequences = sum(max(len(tensor) for tensor in batch.values()) for batch in self.batches)
+        return method.spreads and method.collects and 1 < self.processes.size <= sequences
 
     def whole_model(self) -> AbstractContextManager[None]:
         """Within the context all of the model can run, though blocks may be offloaded."""
@@ -121,6 +136,9 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     sequential: bool = False
     #: Why the weights of all blocks have to be in memory at once; `None` where one block at a time is enough.
     needs_whole_model: str | None = None
+    #: Whether the statistics of a block are sums over calibration data, which several processes may add up: then each
+    #: runs a part of the data and solves a part of the modules. Otherwise one process does all of it for the others.
+    spreads: bool = False
     #: Weights of a block up to which two of them can be compressed in a few seconds, to see how long it takes.
     quick_weights: ClassVar[int] = 2**23
 
@@ -170,9 +188,18 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     def observe(self, statistics: StatisticsType, output: Tensor, dense_output: Tensor) -> None:
         """In sequential order, see a batch's output of the block beside what the dense model has at this place."""
 
+    def sums(self, statistics: StatisticsType) -> dict[str, Tensor]:
+        """Where a method spreads: the tensors of a block's statistics that add up over processes, by name. What is
+        written into them in place is in the statistics."""
+        raise NotImplementedError
+
     @abstractmethod
     def compress_block(self, block: int, statistics: StatisticsType) -> BlockResult:
         """The new modules of a block. The dense ones are still in place. Raises `NumericalError`."""
+
+    def tasks(self, block: int, statistics: StatisticsType) -> list[Callable[[], BlockResult]]:
+        """The work of `compress_block` in pieces that do not depend on each other."""
+        return [partial(self.compress_block, block, statistics)]
 
     def refine_block(
         self, block: int, result: BlockResult, stream: BlockStream, targets: Sequence[Tensor]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..errors import ConfigurationError
 from ..output import check_output, check_working_directory, whole_folder
 from ..sizes import parse_bytes
 from .compress import compress, prepare
+from .distributed import Processes, process_state, several_processes
 from .plan import CompressionPlan, plan, skeleton_of
 from .report import CompressionReport
 
@@ -42,6 +45,8 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compress a checkpoint of any size into another, with one block in memory at a time.
 
+    Several processes (`accelerate launch`) hold one block each, on a device of their own, and work as in `compress`.
+
     Embedding, norms and head stay in memory, and so does what the calibration data are at the block's entrance, unless
     that exceeds `max_memory`: then it lies in files. The blocks are read from the checkpoint's files, once for every
     pass over them.
@@ -53,9 +58,9 @@ def compress_checkpoint(
         processing_class: as for `compress`; one that is given is saved with the model.
         working_directory: keeps finished blocks, so that the same call goes on after an interruption; every stage
             takes as much room as its result. By default a folder beside `out`, removed when the call ends.
-        max_memory: bytes, or a number with its unit such as `"6GB"`, that the process may take in all.
+        max_memory: bytes, or a number with its unit such as `"6GB"`, that a process may take in all.
         keep_activations: as for `compress`.
-        device: where blocks run; by default the first accelerator, else the CPU.
+        device: where blocks run; by default this process's accelerator, else the CPU.
         dtype: what the weights are loaded in; by default the checkpoint's own.
         load_arguments: `revision`, `token`, `cache_dir`, `subfolder` of `from_pretrained`.
 
@@ -92,13 +97,9 @@ def compress_checkpoint(
             )
     device = torch.device(device) if device is not None else default_device()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if working_directory is None:
-            temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
-            work = Path(stack.enter_context(temporary))
-        else:
-            work = Path(working_directory)
-        loaded = _load_offloaded(type(skeleton), model, anatomy, device, dtype, work / "offload", load_arguments)
+    with Processes.of_launcher() as processes, _work_folder(working_directory, target, processes) as work:
+        offload = work / f"offload-{processes.rank}"
+        loaded = _load_offloaded(type(skeleton), model, anatomy, device, dtype, offload, load_arguments)
         compress(
             loaded,
             recipe,
@@ -109,13 +110,32 @@ def compress_checkpoint(
             activations_on_disk=on_disk,
             keep_activations=keep_activations,
         )
-        with whole_folder(target) as scratch, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            loaded.save_pretrained(scratch, max_shard_size=SHARD_BYTES)
-            if hasattr(processing_class, "save_pretrained"):
-                processing_class.save_pretrained(scratch)
+        processes.once(lambda: _write(loaded, processing_class, target))
         report: CompressionReport = loaded.compression_report
     return report
+
+
+@contextmanager
+def _work_folder(given: str | Path | None, target: Path, processes: Processes) -> Iterator[Path]:
+    """The folder of finished blocks, of which all processes read; one of our own goes when all are done."""
+    if given is not None:
+        yield Path(given)
+        return
+    made = Path(processes.once(lambda: tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-")))
+    try:
+        yield made
+        processes.wait()
+    finally:
+        if processes.is_main:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(loaded: PreTrainedModel, processing_class: Any, target: Path) -> None:
+    with whole_folder(target) as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        loaded.save_pretrained(scratch, max_shard_size=SHARD_BYTES)
+        if hasattr(processing_class, "save_pretrained"):
+            processing_class.save_pretrained(scratch)
 
 
 def _limit(max_memory: Any) -> int:
@@ -129,7 +149,9 @@ def _limit(max_memory: Any) -> int:
 
 
 def default_device() -> torch.device:
-    """The first accelerator of this machine, else its CPU."""
+    """The accelerator of this process, or the first of this machine, else its CPU."""
+    if several_processes():
+        return torch.device(process_state().device)
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from ..errors import CompressionError
 from ..layout import connect
 from .activations import Activations
 from .blocks import BlockStream, require_finite
+from .distributed import Processes
 from .report import ModuleReport
+from .results import exchange, merged
 from .resume import ResumePoint
 from .session import OUTSIDE, BlockResult, Method, Session
+
+Statistics = TypeVar("Statistics")
 
 
 def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> list[ModuleReport]:
@@ -19,58 +28,218 @@ def walk(session: Session, method: Method[Any, Any], resume: ResumePoint) -> lis
     blocks compressed before it, and a second, dense stream runs along so that a method may pull the residual stream
     back towards the dense one. Finished blocks of an interrupted run are loaded; the activations before the first
     unfinished one are recomputed.
+
+    Several processes run a part of the calibration data each, where a method's statistics add up. In dense order one
+    of them gets the sums of a block and solves it, while the others solve the blocks after it; in sequential order all
+    get the sums, and each solves a part of the block. Of other methods the main process does all the work. Every
+    process has every result in the end.
     """
-    anatomy = session.anatomy
-    blocks = range(len(anatomy))
-    pending = [block for block in blocks if not resume.has(block)] if method.collects else []
-    last_pending = pending[-1] if pending else -1
-    # Without data, or with every block finished, nothing runs.
-    stream = session.stream(session.batches if pending else [])
-    dense = stream.copy() if method.sequential else None
-    rows = _compress_outside(session, method, resume)
-    if rows and method.sequential:
-        stream = session.stream(stream.batches)
-    start = _take_up(resume, pending[0], stream, dense) if pending else 0
-    for block in session.progress(blocks, "compress"):
-        dense_outputs: Activations | None = None
-        if start <= block <= last_pending and dense is not None:
-            dense.advance(block, check=False)
-            dense_outputs = dense.hidden
-        if resume.has(block):
-            if start <= block < last_pending and not method.sequential:
-                stream.advance(block, check=False)
-            result = resume.load(block, anatomy.model)
-            _install(session, result)
-            whole = {} if session.residency is None else session.residency.whole(block)
-            if whole and resume.lacks(block, whole):
-                resume.keep(block, result, whole)
-            _moved(session, resume, block)
-        else:
-            with method.collect(block) as statistics:
-                for batch in range(len(stream)):
-                    output = stream.run(block, batch)
-                    require_finite(output, f"output of {anatomy.block_paths[block]!r}")
-                    if dense_outputs is not None:
-                        with stream.text_positions(batch):
-                            method.observe(statistics, output, dense_outputs[batch])
-                    else:
-                        stream.hidden[batch] = output  # the method sees what hooks saw, and needs the input no more
-            result = method.compress_block(block, statistics)
-            _install(session, result)
+    return _Walk(session, method, resume).run()
+
+
+class _Walk:
+    def __init__(self, session: Session, method: Method[Any, Any], resume: ResumePoint) -> None:
+        self.session, self.method, self.resume = session, method, resume
+        self.anatomy, self.processes = session.anatomy, session.processes
+        places = (OUTSIDE, *range(len(self.anatomy)))
+        self.finished = set(self.processes.once(lambda: [place for place in places if resume.has(place)]))
+        self.shared = session.is_shared(method)
+        self.works = self.shared or self.processes.is_main
+        # How many blocks are solved at once.
+        self.group = self.processes.size if self.shared and not method.sequential else 1
+        self.rows: dict[int, list[ModuleReport]] = {}
+
+    def run(self) -> list[ModuleReport]:
+        session, method = self.session, self.method
+        unfinished = [block for block in range(len(self.anatomy)) if block not in self.finished]
+        pending = unfinished if method.collects and self.works else []
+        last_pending = pending[-1] if pending else -1
+        batches = session.own_batches() if self.shared else session.batches
+        # Without data, or with every block finished, nothing runs.
+        stream = session.stream(batches if pending else [])
+        dense = stream.copy() if method.sequential else None
+        if self._compress_outside() and method.sequential:
+            stream = session.stream(stream.batches)
+        start = _take_up(self.resume, pending[0], stream, dense) if pending else 0
+        waiting: dict[int, Any] = {}
+        for block in session.progress(range(len(self.anatomy)), "compress"):
+            dense_outputs: Activations | None = None
+            if start <= block <= last_pending and dense is not None:
+                dense.advance(block, check=False)
+                dense_outputs = dense.hidden
+            if block in self.finished:
+                if start <= block < last_pending and not method.sequential:
+                    stream.advance(block, check=False)
+                self._load(block)
+            elif self.shared:
+                waiting[block] = self._summed(block, stream, dense_outputs, owner=len(waiting))
+                if len(waiting) == self.group or block == unfinished[-1]:
+                    self._compress_together(waiting, block)
+                    waiting.clear()
+            else:
+                self._compress(block, stream, dense_outputs)
+            if start <= block < last_pending and method.sequential:
+                stream.advance(block)
+            if start <= block < last_pending:
+                self.resume.keep_activations(
+                    block + 1, {"stream": stream.hidden, **({} if dense is None else {"dense": dense.hidden})}
+                )
+        return [row for place in sorted(self.rows) for row in self.rows[place]]
+
+    def _compress(self, block: int, stream: BlockStream, dense_outputs: Activations | None) -> None:
+        """On the main process: the whole work on a block. The others receive its result."""
+        own: dict[int, BlockResult] = {}
+
+        def work() -> None:
+            statistics = self._collected(block, stream, dense_outputs)
+            result = self.method.compress_block(block, statistics)
+            del statistics  # a gigabyte on a 7B model
+            _install(self.session, result)
             if dense_outputs is not None:
-                result = method.refine_block(block, result, stream, dense_outputs)
-            del statistics  # a gigabyte on a 7B model, which the next block needs
-            resume.keep(block, result, None if session.residency is None else session.residency.whole(block))
-            _moved(session, resume, block)
-        rows.extend(result.rows)
-        session.changed.extend(result.parameters)
-        if start <= block < last_pending and method.sequential:
-            stream.advance(block)
-        if start <= block < last_pending:
-            resume.keep_activations(
-                block + 1, {"stream": stream.hidden, **({} if dense is None else {"dense": dense.hidden})}
-            )
-    return rows
+                result = self.method.refine_block(block, result, stream, dense_outputs)
+            own[block] = result
+
+        self.processes.once(work)
+        result = exchange(self.processes, own, self.anatomy.model)[block]()
+        if not self.works:
+            _install(self.session, result)
+        self._keep(block, result)
+
+    def _collected(self, block: int, stream: BlockStream, dense_outputs: Activations | None) -> Any:
+        """The statistics of a block over the data of this process."""
+        with self.method.collect(block) as statistics:
+            for batch in range(len(stream)):
+                output = stream.run(block, batch)
+                require_finite(output, f"output of {self.anatomy.block_paths[block]!r}")
+                if dense_outputs is not None:
+                    with stream.text_positions(batch):
+                        self.method.observe(statistics, output, dense_outputs[batch])
+                else:
+                    stream.hidden[batch] = output  # the method sees what hooks saw, and needs the input no more
+        return statistics
+
+    def _summed(self, block: int, stream: BlockStream, dense_outputs: Activations | None, owner: int) -> Any:
+        """The statistics of a block over the data of all processes; `None` on one that will not solve it."""
+        everyone = self.method.sequential
+        statistics = added_up(
+            self.processes,
+            lambda: self._collected(block, stream, dense_outputs),
+            self.method.sums,
+            None if everyone else owner,
+        )
+        return statistics if everyone or owner == self.processes.rank else None
+
+    def _compress_together(self, waiting: dict[int, Any], present: int) -> None:
+        """On all processes: solve the blocks that wait, and put the results in place. `present` is in memory."""
+        own: dict[tuple[int, int], BlockResult] = {}
+
+        def work() -> None:
+            rank, size = self.processes.rank, self.processes.size
+            for block, statistics in waiting.items():
+                if statistics is not None:
+                    with self._in_memory(block, present):
+                        tasks = list(enumerate(self.method.tasks(block, statistics)))
+                        for number, task in tasks[rank::size] if self.method.sequential else tasks:
+                            own[block, number] = task()
+
+        self.processes.each(work)
+        pieces = exchange(self.processes, own, self.anatomy.model)
+        for block in waiting:
+            with self._in_memory(block, present):
+                result = merged(pieces[key]() for key in sorted(pieces) if key[0] == block)
+                _install(self.session, result)
+                self._keep(block, result)
+
+    def _in_memory(self, block: int, present: int) -> AbstractContextManager[None]:
+        return nullcontext() if block == present else self.session.resident(block)
+
+    def _load(self, block: int) -> None:
+        """Put the result of an earlier run in place."""
+        result = self._kept(block)
+        _install(self.session, result)
+        whole = {} if self.session.residency is None else self.session.residency.whole(block)
+
+        def complete() -> None:
+            if whole and self.resume.lacks(block, whole):
+                self.resume.keep(block, result, whole)
+
+        self.processes.once(complete)
+        self._moved(block)
+        self._report(block, result)
+
+    def _kept(self, place: int) -> BlockResult:
+        own: dict[int, BlockResult] = {}
+        self.processes.once(lambda: own.update({place: self.resume.load(place, self.anatomy.model)}))
+        return exchange(self.processes, own, self.anatomy.model)[place]()
+
+    def _keep(self, block: int, result: BlockResult) -> None:
+        residency = self.session.residency
+        whole = None if residency is None else residency.whole(block)
+        self.processes.once(lambda: self.resume.keep(block, result, whole))
+        self._moved(block)
+        self._report(block, result)
+
+    def _moved(self, block: int) -> None:
+        """From now on an offloaded block is the compressed one."""
+        file = self.resume.path(block)
+        if self.session.residency is not None and file is not None:
+            self.session.residency.moved(block, file)
+
+    def _report(self, place: int, result: BlockResult) -> None:
+        self.rows[place] = list(result.rows)
+
+    def _compress_outside(self) -> bool:
+        """Whether there is anything outside the blocks that is compressed now."""
+        if OUTSIDE in self.finished:
+            result: BlockResult | None = self._kept(OUTSIDE)
+        else:
+            result = self._made_outside()
+        if result is None:
+            return False
+        _install(self.session, result)
+        self._report(OUTSIDE, result)
+        return bool(result.rows)
+
+    def _made_outside(self) -> BlockResult | None:
+        own: dict[int, BlockResult] = {}
+
+        def work() -> None:
+            result = self.method.compress_outside(self.session)
+            if result is not None:
+                own[OUTSIDE] = result
+                self.resume.keep(OUTSIDE, result)
+
+        self.processes.once(work)
+        found = exchange(self.processes, own, self.anatomy.model)
+        return found[OUTSIDE]() if found else None
+
+
+def added_up(
+    processes: Processes,
+    collect: Callable[[], Statistics],
+    sums: Callable[[Statistics], dict[str, Tensor]],
+    owner: int | None,
+) -> Statistics:
+    """Collect on every process and add up what `sums` names, for the owner or, if that is `None`, for all.
+
+    Raises:
+        CompressionError: processes that have collected different things.
+    """
+    found: list[Statistics] = []
+
+    def work() -> list[tuple[str, tuple[int, ...], str]]:
+        found.append(collect())
+        return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in sorted(sums(found[0]).items())]
+
+    shapes = processes.each(work)
+    if any(other != shapes[0] for other in shapes):
+        raise CompressionError(
+            f"the processes have measured different things of the same block: {shapes}. Give every process the same "
+            "model, and calibration data of one kind."
+        )
+    for _, tensor in sorted(sums(found[0]).items()):
+        processes.add_up(tensor, owner)
+    return found[0]
 
 
 def _take_up(resume: ResumePoint, unfinished: int, stream: BlockStream, dense: BlockStream | None) -> int:
@@ -83,26 +252,6 @@ def _take_up(resume: ResumePoint, unfinished: int, stream: BlockStream, dense: B
             assert moved is not None
             moved.hidden[batch] = kept[1][f"{name}.{batch}"].to(moved.hidden[batch].device)
     return kept[0]
-
-
-def _moved(session: Session, resume: ResumePoint, block: int) -> None:
-    """From now on an offloaded block is the compressed one."""
-    file = resume.path(block)
-    if session.residency is not None and file is not None:
-        session.residency.moved(block, file)
-
-
-def _compress_outside(session: Session, method: Method[Any, Any], resume: ResumePoint) -> list[ModuleReport]:
-    if resume.has(OUTSIDE):
-        result: BlockResult | None = resume.load(OUTSIDE, session.anatomy.model)
-    else:
-        result = method.compress_outside(session)
-        if result is not None:
-            resume.keep(OUTSIDE, result)
-    if result is None:
-        return []
-    _install(session, result)
-    return list(result.rows)
 
 
 def _install(session: Session, result: BlockResult) -> None:

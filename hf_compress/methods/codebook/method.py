@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...anatomy import ModelAnatomy, dense_rows, weight_count
 from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
+from ...engine.results import merged
 from ...engine.session import OUTSIDE, BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
 from ..sharing.method import LayerSharing
@@ -33,6 +35,8 @@ from .tuning import tune_block
 
 # How much of the residual stream's drift the last matrix of a block makes up for.
 DRIFT_SHARE = 0.5
+# Between the random numbers of the pieces of a block: more than any model has blocks.
+SEEDS_APART = 2**20
 # Tokens of the dense pass that measures the inputs of the head.
 HEAD_TOKENS = 16384
 
@@ -63,6 +67,8 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         self.outside, alone = parts_outside(config, anatomy)
         # Where several loops share a matrix, its codes are for the inputs of all of them.
         self.other_loops = other_loops(anatomy.model) if self.needs_calibration else {}
+        # Tuning takes a step a sequence, and all loops run outside the stream.
+        self.spreads = self.needs_calibration and not config.block_epochs and not self.other_loops
         if config.average_bits is not None:
             self.needs_whole_model = "takes gradients through all blocks with average_bits"
         elif self.other_loops:
@@ -149,22 +155,38 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             with torch.no_grad(), text_positions(batch):
                 model(**model_inputs(model, batch))
 
+    def sums(self, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        assert statistics is not None
+        return statistics.sums()
+
     def observe(self, statistics: InputStatistics | None, output: Tensor, dense_output: Tensor) -> None:
         assert statistics is not None
         statistics.observe_drift(output, dense_output)
 
     def compress_block(self, block: int, statistics: InputStatistics | None) -> BlockResult:
-        result = BlockResult({}, [])
         if self.sequential and self.config.block_epochs:  # for `refine_block`, which lets go of them
             get = self.anatomy.model.get_submodule
             self._dense = {part.path: dense_rows(get(part.path)) for part in self.parts[block]}
-        generator = torch.Generator().manual_seed(self.config.seed + block)
-        for parts in self._together(block, statistics):
-            gram = drift = None
-            if statistics is not None:
-                gram = statistics.grams[parts[0].path]
-                drift = statistics.drift if parts[0].path == statistics.drift_path else None
-            self._code(block, parts, gram, drift, generator, result)
+        return merged(task() for task in self.tasks(block, statistics))
+
+    def tasks(self, block: int, statistics: InputStatistics | None) -> list[Callable[[], BlockResult]]:
+        """The matrices with the same inputs together."""
+        return [
+            partial(self._code_together, block, number, parts, statistics)
+            for number, parts in enumerate(self._together(block, statistics))
+        ]
+
+    def _code_together(
+        self, block: int, number: int, parts: list[Part], statistics: InputStatistics | None
+    ) -> BlockResult:
+        gram = drift = None
+        if statistics is not None:
+            gram = statistics.grams[parts[0].path]
+            drift = statistics.drift if parts[0].path == statistics.drift_path else None
+        result = BlockResult({}, [])
+        # Of its own: the pieces may be worked on by several processes.
+        generator = torch.Generator().manual_seed(self.config.seed + block + SEEDS_APART * number)
+        self._code(block, parts, gram, drift, generator, result)
         return result
 
     def refine_block(

@@ -58,6 +58,11 @@ class InputStatistics:
         product = (inner.T @ lost).double()
         self.drift = product if self.drift is None else self.drift.add_(product)
 
+    def sums(self) -> dict[str, Tensor]:
+        """Everything that adds up over calibration data, by name; a Gram that matrices share once."""
+        found = {path: product for path, product in self.grams.items() if path not in self._first_of}
+        return found if self.drift is None else {**found, "drift": self.drift}
+
     def finish(self) -> None:
         """Give every matrix its Gram and let go of the last batch."""
         self._inputs.clear()

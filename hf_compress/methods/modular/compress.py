@@ -151,7 +151,8 @@ def _reduce_query_key(
     """Fill in the tensors of the smaller query and key; returns the lost share of the logits' energy."""
     record, head_dim, rank = new.record, new.head_dim, new.query_key_dim
     query_gram, key_gram = statistics.query, statistics.key
-    assert query_gram is not None and key_gram is not None and statistics.key_sum is not None
+    assert query_gram is not None and key_gram is not None
+    assert statistics.key_sum is not None and statistics.key_tokens is not None
     if not new.uses_rotary:
         mean = statistics.key_sum.to(key_gram) / statistics.key_tokens
         centred = key_gram - statistics.key_tokens * mean[:, :, None] * mean[:, None, :]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
 
     config_class = ModularDecompositionConfig
     leaves = (ResizedLinear.layout_type, DecomposedAttention.layout_type)
+    spreads = True
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
@@ -225,8 +228,19 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         if self.anatomy.record.mlp is not None and self.anatomy.mlp_feeds_residual():
             statistics.observe_drift(output, dense_output)
 
+    def sums(self, statistics: BlockStatistics) -> dict[str, Tensor]:
+        return statistics.sums()
+
     def compress_block(self, block: int, statistics: BlockStatistics) -> BlockResult:
         return compress_block(self.anatomy, self.config, block, self._reduced(block), statistics)
+
+    def tasks(self, block: int, statistics: BlockStatistics) -> list[Callable[[], BlockResult]]:
+        """MLP and attention, each by itself."""
+        reduced = self._reduced(block)
+        parts: list[dict[Kind, int]] = [{}, {}]
+        for kind, size in reduced.items():
+            parts[kind != "mlp"][kind] = size
+        return [partial(compress_block, self.anatomy, self.config, block, part, statistics) for part in parts if part]
 
     def finish(self) -> None:
         """In portable mode, turn the MLPs into the ones that the model's class builds by itself."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ...anatomy import ModelAnatomy
@@ -15,6 +15,9 @@ from ...calibration.statistics import gram, head_grams
 from ...engine.blocks import real_tokens
 from .configuration import Kind
 from .mathematics import NystromSolutions
+
+# The fields of `BlockStatistics` that are sums over calibration data.
+SUMS = ("mlp", "query", "key", "key_sum", "key_tokens", "value", "drift")
 
 
 @dataclass
@@ -37,13 +40,18 @@ class BlockStatistics:
     key_sum: Float[Tensor, "heads d"] | None = None
     value: Float[Tensor, "heads d d"] | None = None
     drift: Float[Tensor, "width d_model"] | None = None
-    key_tokens: int = 0
+    key_tokens: Int64[Tensor, ""] | None = None
     solutions: NystromSolutions | None = None
     _inner: Float[Tensor, "tokens width"] | None = None
 
     def add(self, name: str, value: Tensor) -> None:
         before = getattr(self, name)
         setattr(self, name, value if before is None else before.add_(value))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Everything that adds up over calibration data, by name."""
+        found = {name: getattr(self, name) for name in SUMS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def add_inner(self, inner: Float[Tensor, "tokens width"]) -> None:
         """The inputs of the down projection for one batch."""
@@ -101,7 +109,7 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
             rows = heads(output, record.key_norm)
             statistics.add("key", head_grams(rows))
             statistics.add("key_sum", rows.float().sum(dim=0).cpu().double())
-            statistics.key_tokens += len(rows)
+            statistics.add("key_tokens", torch.tensor(len(rows)))
 
         def add_value(output: Tensor) -> None:
             bias = projection(anatomy.attention_path(block, "value")).bias

@@ -46,7 +46,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
         self.needs_calibration = config.needs_data
-        self.sequential = config.criterion == "wanda"
+        self.sequential = self.spreads = config.criterion == "wanda"
         self.parts, self.left_alone = prunable_parts(config, anatomy)
         if config.criterion != "wanda":
             self.needs_whole_model = f"compares scores of all blocks with criterion={config.criterion!r}"
@@ -142,6 +142,10 @@ class Pruning(Method[PruningConfig, Energies | None]):
             return nullcontext()
         paths = [part.path for part in self.parts if part.block == block]
         return _input_energies(self.anatomy.model, paths)
+
+    def sums(self, statistics: Energies | None) -> dict[str, Tensor]:
+        assert statistics is not None
+        return statistics
 
     def compress_block(self, block: int, statistics: Energies | None) -> BlockResult:
         if self.structure is not None:

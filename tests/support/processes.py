@@ -1,0 +1,165 @@
+"""Several processes over gloo on the CPU, and what they do in the tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Processes:
+    """Starts them from one that has imported everything."""
+
+    def __init__(self) -> None:
+        self._context: Any = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["hf_compress", "transformers.models.llama.modeling_llama"])
+
+    def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `work`, a function of a module, returns in each of them, or the text of its exception, by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        queue = self._context.Queue()
+        started = [
+            self._context.Process(target=_member, args=(rank, size, port, queue, work, arguments))
+            for rank in range(size)
+        ]
+        for process in started:
+            process.start()
+        try:
+            found = dict(queue.get(timeout=180) for _ in started)
+        finally:
+            for process in started:
+                process.join(timeout=20)
+                process.kill()
+        return [found[rank] for rank in range(size)]
+
+
+def _member(rank: int, size: int, port: int, queue: Any, work: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(size))
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        found = work(*arguments)
+    except Exception as error:  # what a test looks at
+        found = f"{type(error).__name__}: {error}"
+        if "hf_compress" not in type(error).__module__:
+            found += traceback.format_exc()
+    queue.put((rank, found))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def compress_model(family: str, stages: list[dict[str, Any]], dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Compress a tiny model: its tensors as bytes, and what this process did for it."""
+    import torch
+    from conftest import calibration, make_model
+
+    import hf_compress
+    from hf_compress.engine.blocks import BlockStream
+
+    model = make_model(family, getattr(torch, dtype))
+    work = {"sequences": 0, "solved": 0}
+    run = BlockStream.run
+
+    def counted(stream: BlockStream, index: int, batch: int) -> torch.Tensor:
+        hidden = run(stream, index, batch)
+        work["sequences"] += len(hidden) * (index == 0)
+        return hidden
+
+    BlockStream.run = counted  # type: ignore[method-assign]
+    for name in ("ModularDecomposition", "LearnedCodebooks"):
+        method: Any = getattr(_methods(), name)
+        method.tasks = _counting(method.tasks, work)
+    config = hf_compress.CompressionConfig.wrap({"stages": stages})
+    hf_compress.compress(model, config, calibration=calibration(**options))
+    with torch.no_grad():
+        logits = model(torch.arange(3, 35).reshape(2, 16)).logits
+    report = model.compression_report
+    return {
+        "state": {name: bytes(_raw(tensor)) for name, tensor in model.state_dict().items()},
+        "logits": logits.double().tolist(),
+        "rows": [(row.path, row.error) for row in report.modules],
+        "notes": report.notes,
+        "left_alone": report.left_alone,
+        **work,
+    }
+
+
+def _methods() -> Any:
+    from types import SimpleNamespace
+
+    from hf_compress.methods.codebook.method import LearnedCodebooks
+    from hf_compress.methods.modular.method import ModularDecomposition
+
+    return SimpleNamespace(ModularDecomposition=ModularDecomposition, LearnedCodebooks=LearnedCodebooks)
+
+
+def _counting(tasks: Any, work: dict[str, int]) -> Any:
+    def counted(self: Any, block: int, statistics: Any) -> list[Any]:
+        def done(task: Any) -> Any:
+            work["solved"] += 1
+            return task()
+
+        return [lambda task=task: done(task) for task in tasks(self, block, statistics)]
+
+    return counted
+
+
+def _raw(tensor: Any) -> Any:
+    import torch
+
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def compress_broken(rank_that_fails: int) -> str:
+    """A sequence makes one process's activations overflow; the others have none of it."""
+    import torch
+    from conftest import calibration, make_model
+
+    import hf_compress
+    from hf_compress.engine import walk
+
+    check = walk.require_finite
+
+    def failing(hidden: torch.Tensor, what: str) -> torch.Tensor:
+        if int(os.environ["RANK"]) == rank_that_fails and "layers.2" in what:
+            hidden = hidden * torch.inf
+        return check(hidden, what)
+
+    walk.require_finite = failing
+    config = hf_compress.ModularDecompositionConfig(reduction=0.25, kinds=["mlp"], calibration=calibration())
+    hf_compress.compress(make_model("llama"), config)
+    return "no error"
+
+
+def compress_files(checkpoint: str, out: str, work: str | None, stages: list[dict[str, Any]], fail_at: int) -> str:
+    """`compress_checkpoint`; with `fail_at` the power goes before that block is kept."""
+    from conftest import calibration
+
+    import hf_compress
+    from hf_compress.engine.resume import ResumePoint
+
+    keep = ResumePoint.keep
+
+    def failing(self: Any, block: int, *arguments: Any) -> None:
+        if block == fail_at:
+            raise RuntimeError("power cut")
+        keep(self, block, *arguments)
+
+    ResumePoint.keep = failing  # type: ignore[method-assign]
+    hf_compress.compress_checkpoint(
+        checkpoint, out, {"stages": stages}, calibration=calibration(), working_directory=work, device="cpu"
+    )
+    return "done"
+
+
+def folder_names(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
