@@ -31,6 +31,7 @@ from .methods.sharing import LayerSharingConfig, set_iterations
 
 if TYPE_CHECKING:
     from .automatic import AutoResult, Budget, auto
+    from .engine.support import families
     from .training import (
         DistillationConfig,
         DistillationTrainer,
@@ -74,6 +75,7 @@ __all__ = [
     "auto",
     "compress",
     "compress_checkpoint",
+    "families",
     "plan",
     "recover",
     "register_anatomy",
@@ -83,6 +85,7 @@ __all__ = [
 # Transformers' Trainer takes a second to import; who does not train or search does without.
 _LATER = {
     **dict.fromkeys(("AutoResult", "Budget", "auto"), "automatic"),
+    "families": "engine.support",
     **dict.fromkeys(
         (
             "DistillationConfig",

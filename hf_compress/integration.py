@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -26,8 +25,10 @@ from transformers.utils.hub import resolve_revision
 
 from . import adapters
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
+from .engine.placement import refuse_sharded_loading
 from .errors import CheckpointError, CompressionError, ConfigurationError
 from .layout import TRAINED, UNFINISHED, check_layout, layout_of
+from .saving import keep_state_dict, move_into_place
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
 _SHARED_ARGUMENTS = (
@@ -147,6 +148,7 @@ def _load_or_compress(
     if recipe is None:
         return _load_with_another(original, cls, name, *args, **kwargs)
 
+    refuse_sharded_loading(kwargs)
     shared = {key: kwargs[key] for key in _SHARED_ARGUMENTS if kwargs.get(key) is not None}
     if _goes_on(name, kwargs.get("config"), shared, recipe):
         # The quantizer calls this module, so the engine cannot be imported above.
@@ -279,6 +281,7 @@ def _save_pretrained(
             # A whole folder first: whatever becomes of the upload, it stays.
             save = functools.partial(_save_pretrained, original, model)
             return save_and_push(save, model, save_directory, *args, **kwargs)
+    original = functools.partial(keep_state_dict, original)
     stored = getattr(model.config, "quantization_config", None)
     ours = getattr(stored, "quant_method", None) == QUANT_METHOD
     if ours and not layout_of(model) and not getattr(model, "_hf_peft_config_loaded", False):
@@ -298,7 +301,7 @@ def _save_pretrained(
         # Inside the folder, so that moving the files never crosses to another file system.
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
             result = original(model, scratch, *args, **kwargs)
-            _move_into_place(Path(scratch), target, kwargs.get("variant"))
+            move_into_place(Path(scratch), target, kwargs.get("variant"))
         if not ours:
             from .hub.publish import keep_report
 
@@ -330,25 +333,6 @@ def _resize_token_embeddings(
             f"{new_num_tokens}. Resize the dense model and compress that, or call dequantize() first."
         )
     return table if getattr(table, "packs_weight", False) else original(model, new_num_tokens, *args, **kwargs)
-
-
-def _move_into_place(scratch: Path, target: Path, variant: str | None) -> None:
-    """Put finished files where they belong: an interrupted save leaves what was there before.
-
-    The config goes last, and shards of an earlier save go with it: together they say which weights are meant.
-    """
-    suffix = f"\\.{re.escape(variant)}" if variant else ""
-    weight_file = re.compile(
-        rf"model(-\d{{5}}-of-\d{{5}})?{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|"
-        rf"model\.safetensors\.index{suffix}\.json"
-    )
-    new = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
-    names = {file.name for file in new}
-    for file in new:
-        os.replace(file, target / file.name)
-    for old in target.iterdir():
-        if weight_file.fullmatch(old.name) and old.name not in names:
-            old.unlink()
 
 
 class _Finder(MetaPathFinder):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .checked import is_integer, is_path, short
-from .errors import CheckpointError
+from .errors import CheckpointError, CompressionError
 
 FORMAT_VERSION = 1
 # Attribute of a model with masks while a Trainer trains it: its checkpoints are dense on purpose.
@@ -22,6 +22,8 @@ TRAINED = "_hf_compress_trained"
 UNFINISHED = "_hf_compress_unfinished"
 # Characters of a detail in a message: it may quote a field as large as the file.
 _SHOWN = 600
+# What activation checkpointing and torch.compile put between a module and its parent. Neither is in the file.
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 @runtime_checkable
@@ -65,11 +67,23 @@ def register_module_type(cls: ModuleType) -> ModuleType:
 
 def layout_of(model: nn.Module) -> list[dict[str, Any]]:
     """Derive the layout from a live model: parents before children, nothing inside a parent that rebuilds it."""
-    entries: list[dict[str, Any]] = []
-    for path, module in model.named_modules():
-        if type(module) in _MODULE_TYPES.values():
-            entries.append(layout_entry(path, module))
-    return entries
+    return [layout_entry(path, module) for path, module in compressed_modules(model)]
+
+
+def compressed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Path and module of every line of the layout. Modules of a skeleton may not know their specs yet."""
+    return [
+        (".".join(part for part in path.split(".") if part not in _WRAPPERS), module)
+        for path, module in model.named_modules()
+        if _is_ours(module)
+    ]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module is of a registered type. FSDP2 puts a class of its own before that of a module it shards."""
+    kind = type(module)
+    inner = kind.__bases__[-1]
+    return (inner if kind.__name__ == f"FSDP{inner.__name__}" else kind) in _MODULE_TYPES.values()
 
 
 def layout_entry(path: str, module: Any) -> dict[str, Any]:
@@ -125,14 +139,14 @@ def _tie_heads(model: Any) -> None:
         if not (_has(model, head) and _has(model, table)):
             continue
         tie, old = getattr(model.get_submodule(table), "tied_head", None), model.get_submodule(head)
-        if tie is not None and type(old) not in _MODULE_TYPES.values():
+        if tie is not None and not _is_ours(old):
             try:
                 model.set_submodule(head, tie(old, table))
             except ValueError as error:
                 raise CheckpointError(f"{head!r}, which the config ties to {table!r}, {error}.") from error
         elif getattr(old, "source_path", None) is not None:
             continue
-        elif tie is not None or type(old) in _MODULE_TYPES.values():
+        elif tie is not None or _is_ours(old):
             raise CheckpointError(
                 f"the config ties {head!r} to {table!r}, and the layout has codes of its own for {head!r}. "
                 "The config and the layout belong to different models."
@@ -149,7 +163,7 @@ def connect(model: nn.Module) -> None:
     """
     for path, module in list(model.named_modules()):
         source = getattr(module, "source_path", None)
-        if type(module) not in _MODULE_TYPES.values() or source is None:
+        if not _is_ours(module) or source is None:
             continue
         try:
             found = model.get_submodule(_path_in(model, source))
@@ -164,6 +178,27 @@ def connect(model: nn.Module) -> None:
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
             tied = getattr(model, name, None) or {}
             setattr(model, name, {target: of for target, of in tied.items() if target != f"{path}.weight"})
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether FSDP2 or tensor parallelism has divided a tensor over processes: a `DTensor`, of which this process
+    holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def require_gathered(owner: nn.Module, path: str | None) -> None:
+    """Called by a module that uses tensors of another.
+
+    Raises:
+        CompressionError: FSDP2 shards the other module on its own, and gathers its tensors for its own calls only.
+    """
+    if any(is_sharded(parameter) for parameter in owner._parameters.values()):
+        raise CompressionError(
+            f"FSDP shards {path!r} on its own, and other layers use its weights, which are not gathered for them. "
+            'Make the model one unit with auto_wrap_policy="NO_WRAP". Accelerate still makes the embedding a unit: '
+            "if it is tied and has trainable codebooks, train with DDP, or compress again with "
+            "trainable_codebooks=False."
+        )
 
 
 def disconnect(model: Any) -> None:
@@ -260,7 +295,7 @@ def check_loaded(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
                 "or compress again."
             )
     for path, module in model.named_modules():
-        if type(module) not in _MODULE_TYPES.values():
+        if not _is_ours(module):
             continue
         for name, tensor in module.state_dict(keep_vars=True).items():
             if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
@@ -273,7 +308,7 @@ def check_tensors(model: nn.Module) -> None:
     """Let the modules look at loaded tensors whose values matter, such as indices. Raises `CheckpointError`."""
     for path, module in model.named_modules():
         check = getattr(module, "check_tensors", None)
-        if type(module) in _MODULE_TYPES.values() and check is not None:
+        if _is_ours(module) and check is not None:
             try:
                 check()
             except ValueError as error:
@@ -288,69 +323,3 @@ def checked_size(spec: dict[str, Any], name: str, largest: int) -> int:
         raise ValueError(f"`{name}` must be an integer from 1 to {largest}, got {short(value)}")
     found: int = value
     return found
-
-
-def stood_on(dense: nn.Module, spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The layer in whose place one with this spec was made, and the spec without its sizes: `dense` itself, or a
-    smaller one where an earlier stage had resized it. Raises `ValueError` for sizes that cannot be."""
-    if "out_features" not in spec and "in_features" not in spec:
-        return dense, spec
-    sizes = {name: spec[name] for name in ("in_features", "out_features")}
-    return ResizedLinear.from_spec(dense, sizes), {name: value for name, value in spec.items() if name not in sizes}
-
-
-def shape_spec(layer: Any) -> dict[str, int]:
-    """What `stood_on` reads, of a layer that has replaced a resized one."""
-    if not getattr(layer, "resized", False):
-        return {}
-    return {"out_features": layer.out_features, "in_features": layer.in_features}
-
-
-def widened(state: dict[str, torch.Tensor], dense: nn.Module) -> dict[str, torch.Tensor]:
-    """Weight and bias with zero rows and columns for removed channels: an MLP computes the same with them."""
-    wide: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        shape = dense.get_parameter(name).shape
-        wide[name] = tensor.new_zeros(shape)
-        wide[name][tuple(slice(size) for size in tensor.shape)] = tensor
-    return wide
-
-
-@register_module_type
-class ResizedLinear(nn.Linear):
-    """An `nn.Linear` with fewer inputs or outputs than the dense model's; the kept channels stand in front.
-
-    It stays a plain linear layer for PEFT, exporters and kernels: only its class tells the layout what it is.
-    """
-
-    layout_type: ClassVar[str] = "linear"
-
-    def spec(self) -> dict[str, Any]:
-        return {"in_features": self.in_features, "out_features": self.out_features}
-
-    @classmethod
-    def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> ResizedLinear:
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"replaces a {type(dense).__name__}, expected an nn.Linear")
-        module: ResizedLinear = nn.utils.skip_init(
-            cls,
-            checked_size(spec, "in_features", dense.in_features),
-            checked_size(spec, "out_features", dense.out_features),
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        return module
-
-    @classmethod
-    def from_tensors(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> ResizedLinear:
-        """A layer that owns `weight` (out_features, in_features) and `bias` (out_features,)."""
-        module = cls(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-        module.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.is_floating_point())
-        if bias is not None:
-            module.bias = nn.Parameter(bias.contiguous())
-        return module
-
-    def dequantize(self, dense: nn.Module) -> dict[str, torch.Tensor]:
-        """Zero rows and columns for the removed channels: an MLP with them computes the same function."""
-        return widened(dict(self.named_parameters()), dense)

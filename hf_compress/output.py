@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -21,6 +22,10 @@ def check_output(out: Path) -> None:
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir():
         raise ConfigurationError(f"{str(parent)!r} is a file, so {str(out)!r} cannot be made.")
+    try:
+        Path(tempfile.mkdtemp(dir=parent)).rmdir()
+    except OSError as error:
+        raise ConfigurationError(f"{str(out)!r} cannot be written ({error}); name another folder.") from error
 
 
 def check_working_directory(directory: str | Path | None, out: Path) -> None:
@@ -53,8 +58,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CompressionError(f"there is no room for the result in {str(out.parent)!r} ({error}).") from error
         raise
     try:
         _put_in_place(scratch, out)

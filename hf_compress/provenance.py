@@ -89,7 +89,7 @@ def _source(found: dict[str, Any]) -> dict[str, Any]:
         if name == "parts":
             source[name] = _sources(value)
         elif name in _TEXTS:
-            source |= {name: value} if isinstance(value, str) else {}
+            source |= {name: value} if isinstance(value, str) or (name == "text_column" and _are_texts(value)) else {}
         elif name in _COUNTS:
             source |= {name: value} if is_integer(value, 0, _MOST) else {}
         else:
@@ -97,6 +97,10 @@ def _source(found: dict[str, Any]) -> dict[str, Any]:
     if not _FINGERPRINT.fullmatch(source.get("fingerprint", "")):
         source.pop("fingerprint", None)
     return source
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _problem_of(report: CompressionReport) -> str | None:

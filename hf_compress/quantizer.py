@@ -17,10 +17,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checked import DEPTH, is_integer, is_nested_deeper, short
 from .configuration import QUANT_METHOD, CompressionConfig
 from .engine.compress import compress, prepare
+from .engine.placement import refuse_sharded_loading, refuse_unfit_training
 from .errors import CheckpointError, CompressionError
 from .integration import commit_of, current_load_arguments
-from .layout import FORMAT_VERSION, check_loaded, check_tensors, disconnect, dtypes_of, layout_of, replay
+from .layout import (
+    FORMAT_VERSION,
+    check_loaded,
+    check_tensors,
+    compressed_modules,
+    disconnect,
+    dtypes_of,
+    layout_of,
+    replay,
+)
 from .provenance import report_in
+from .saving import kept_beside_parameters, state_to_save
 
 
 class CompressedModelConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -83,10 +94,16 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     _dtypes: dict[str, torch.dtype]
+    # Whether the model keeps tensors that are no parameters.
+    _packed = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            # A recipe's dictionary or object; raises before any weight is read.
+        # All of these raise before any weight is read.
+        if self.pre_quantized:
+            refuse_unfit_training(None, packed=False)
+        else:
+            refuse_sharded_loading({})
+            # A recipe's dictionary or object.
             CompressionConfig.wrap(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -99,6 +116,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                     "safetensors. Compress again, or ask its author for that format."
                 )
             replay(model, self.quantization_config.layout)
+            refuse_unfit_training(model, packed=bool(kept_beside_parameters(model)))
             self._dtypes = dtypes_of(model)
             if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
                 # Tables that are trained stay in float32, whatever the model's dtype.
@@ -131,6 +149,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         model.quantization_method = QUANT_METHOD
         # Transformers refuses `.half()` and `.float()` where this is true; our tensors are cast like any others.
         model.is_quantized = False
+        self._packed = bool(kept_beside_parameters(model))
+        model._ddp_params_and_buffers_to_ignore = _constant_buffers(model)
         if not hasattr(model, "compression_report"):
             model.compression_report = report_in(self.quantization_config.provenance)
         for module in list(model.modules()):
@@ -140,17 +160,30 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                 setattr(model, name, MethodType(function, model))
             _record_outputs(model, module, getattr(module, "recorded_outputs", ()))
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called first in `save_pretrained`: the layout is derived afresh from what the model is now."""
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Called first in `save_pretrained`: the layout is derived afresh from what the model is now.
+
+        Returns:
+            The tensors to write, the caller's if there are any (of a model that FSDP has divided only he has them
+            whole); `None` for the model's own.
+
+        Raises:
+            CheckpointError: see `state_to_save`.
+        """
+        state = state_to_save(model)
         stored = model.config.quantization_config
         stored.layout = layout_of(model)
-        return None, {}
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """The Trainer asks this before it starts. Raises `ConfigurationError` for what it cannot train."""
+        refuse_unfit_training(None, packed=self._packed)
         return True
 
     @property
@@ -199,6 +232,20 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         return model if dtype is None else model.to(dtype)
 
 
+def _constant_buffers(model: PreTrainedModel) -> list[str]:
+    """The names under which DDP may find the buffers of our modules, with and without PEFT around them.
+
+    By default it sends all buffers to all processes before every step. Ours never change in a training, and some are
+    int16, which neither gloo nor NCCL sends.
+    """
+    names = []
+    for path, module in compressed_modules(model):
+        for buffer in module._buffers:
+            inner = (f"{path}.{buffer}", f"{path}.base_layer.{buffer}")
+            names += [*inner, *(f"base_model.model.{name}" for name in inner)]
+    return names
+
+
 def _make_inner_layers_plain(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Dense layers in place of packed ones inside a module that has been replaced as a whole: it puts together its own
     dense form from theirs. Returns what stood in their places."""
@@ -231,7 +278,7 @@ def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[st
     for output in outputs:
         for table in (part.can_record_outputs for part in parts if output in part.can_record_outputs):
             known = table[output] if isinstance(table[output], list) else [table[output]]
-            if type(module) not in known:
+            if not any(getattr(entry, "target_class", entry) is type(module) for entry in known):
                 table[output] = [*known, type(module)]
         if any(getattr(part, "_output_capturing_hooks_installed", False) for part in parts):
             install_output_capuring_hook(module, output, index=1)

@@ -95,7 +95,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left alone with one at the end."""
-    first = ("test_real_model.py", "test_examples.py")
+    first = ("test_real_model.py", "test_examples.py", "test_families.py", "test_streaming.py", "test_distributed.py")
     items.sort(key=lambda item: item.path.name not in first)
 
 

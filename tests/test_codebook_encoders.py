@@ -10,7 +10,7 @@ from encoders import ENCODERS, calibration, features, make_encoder
 from transformers import AutoModel, PreTrainedModel
 
 import hf_compress
-from hf_compress import CodebookConfig, ModularDecompositionConfig
+from hf_compress import CodebookConfig
 from hf_compress.methods.codebook import CodebookLinear
 
 
@@ -38,9 +38,3 @@ def test_every_matrix_of_the_blocks_is_coded(encoder: str, tmp_path: Path) -> No
     assert hf_compress.plan(make_encoder(encoder), CodebookConfig(bits=3, learning="none")).bytes_on_disk == (
         learned.compression_report.bytes_after
     )
-
-
-def test_modular_decomposition_says_that_it_is_for_decoders(encoder: str) -> None:
-    recipe = ModularDecompositionConfig(reduction=0.2, calibration=calibration(encoder))
-    with pytest.raises(hf_compress.UnsupportedModelError, match="decoder-only"):
-        hf_compress.compress(make_encoder(encoder), recipe)

@@ -12,7 +12,16 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
-from support.processes import Processes, compress_broken, compress_files, compress_model, folder_names
+from support.processes import (
+    Processes,
+    compress_broken,
+    compress_differently,
+    compress_files,
+    compress_model,
+    compress_models,
+    folder_names,
+    stream_where_memory_differs,
+)
 
 from hf_compress.engine.blocks import every_nth
 
@@ -60,14 +69,19 @@ PROCESSES = Processes()
 
 
 @functools.cache
-def compressed(recipe: str, size: int) -> list[Any]:
-    stages, options, shared = RECIPES[recipe]
-    # In float64 rounding moves no weight from one code to the next.
-    dtype = "float64" if shared else "float32"
-    results = PROCESSES.run(size, compress_model, "llama", stages, dtype, options)
+def all_compressed(size: int) -> list[Any]:
+    tasks = {}
+    for name, (stages, options, shared) in RECIPES.items():
+        # In float64 rounding moves no weight from one code to the next.
+        tasks[name] = ("llama", stages, "float64" if shared else "float32", options)
+    results = PROCESSES.run(size, compress_models, tasks)
     for result in results:
         assert isinstance(result, dict), result
     return results
+
+
+def compressed(recipe: str, size: int) -> list[Any]:
+    return [result[recipe] for result in all_compressed(size)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -146,6 +160,27 @@ def test_a_run_of_several_processes_goes_on(tmp_path: Path) -> None:
     assert PROCESSES.run(2, compress_files, str(tmp_path / "dense"), cut, work, stages, -2) == ["done", "done"]
     first, second = (load_file(f"{folder}/model.safetensors") for folder in (whole, cut))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("weights", ["ConfigurationError: the processes differ in the weights"] * 2),
+        ("recipe", ["ConfigurationError: the processes differ in the recipe"] * 2),
+        ("damaged", ["NumericalError: the weight 'model.layers.1.mlp.up_proj.weight'"] * 2),
+        ("main alone", ["ConfigurationError: 2 processes were started, and not all", "not called"]),
+    ],
+)
+def test_processes_that_do_not_go_together(what: str, found: list[str]) -> None:
+    """An error on all of them, and none waits for ever."""
+    for text, expected in zip(PROCESSES.run(2, compress_differently, what), found, strict=True):
+        assert text.startswith(expected), text
+
+
+def test_processes_with_unlike_memory_do_alike(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    arguments = (str(tmp_path / "dense"), str(tmp_path / "out"))
+    assert PROCESSES.run(2, stream_where_memory_differs, *arguments) == ["True 1", "True 1"]
 
 
 def test_sequences_are_dealt_out_in_turn() -> None:

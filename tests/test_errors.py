@@ -9,12 +9,15 @@ import pytest
 import torch
 from conftest import calibration, compressed, interrupt, make_model, recipe, token_ids
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
     BitsAndBytesConfig,
-    FalconConfig,
-    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -118,12 +121,16 @@ def test_no_held_out_sequences() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)), "decoder-only"),
-        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2)), "no anatomy record"),
         (
-            lambda: FalconForCausalLM(FalconConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)),
-            "register_anatomy",
+            lambda: AlbertModel(AlbertConfig(embedding_size=16, hidden_size=32, num_attention_heads=2)),
+            "only single matrices",
         ),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2, vocab_size=96)),
+            "only single matrices",
+        ),
+        (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=96)), "no anatomy record"),
+        (lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2)), "register_anatomy"),
     ],
 )
 def test_unknown_families_say_what_was_found(build: Any, message: str, tmp_path: Path) -> None:
@@ -139,12 +146,12 @@ def test_unknown_families_say_what_was_found(build: Any, message: str, tmp_path:
         hf_compress.plan(tmp_path, recipe())
 
 
-def test_a_model_without_text_is_refused_by_plan(tmp_path: Path) -> None:
-    ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UnsupportedModelError, match="'vit'"):
-        hf_compress.plan(tmp_path, recipe())
+def test_an_image_model_given_text() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    model = AutoModel.from_config(ViTConfig(**sizes, image_size=16, patch_size=4))
+    with pytest.raises(CalibrationError, match="pixel_values"):
+        hf_compress.compress(model, recipe())
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -27,9 +27,9 @@ from transformers import (
 import hf_compress
 from hf_compress import CalibrationConfig, PruningConfig
 from hf_compress.evaluation import measure_layers
-from hf_compress.layout import ResizedLinear
 from hf_compress.methods.pruning import SparseLinear
 from hf_compress.methods.pruning.modules import SPARSE_BELOW
+from hf_compress.resized import ResizedLinear
 
 
 def pruned(model: PreTrainedModel | None = None, **fields: Any) -> PreTrainedModel:

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 import hf_compress
 from hf_compress import Pruner, PruningCallback, PruningConfig
-from hf_compress.layout import ResizedLinear, layout_of
+from hf_compress.layout import layout_of
 from hf_compress.methods.pruning.masks import mask_of, masked_modules
+from hf_compress.resized import ResizedLinear
 
 CUBIC: dict[str, Any] = {"schedule": "cubic", "start_step": 2, "end_step": 8, "update_interval": 2}
 

@@ -254,7 +254,13 @@ FOREIGN = (
     "target_modules",
     "output_attentions",
     "trust_remote_code",
-)  # of Transformers and PEFT
+    "fsdp",
+    "auto_wrap_policy",
+    "cpu_ram_efficient_loading",
+    "tp_plan",
+    "decoder_input_ids",
+    "text_config",
+)  # of Transformers, PEFT and Accelerate
 SETTINGS = [
     code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN) and "..." not in code
 ]

@@ -1,17 +1,20 @@
 """Model families as data."""
 
+from . import families  # noqa: F401 - registers the records
+from .behaviour import check_record
 from .model import (
     MATRICES,
     ModelAnatomy,
     dense_rows,
     join,
     read_attribute,
-    require_decoder,
+    require_parts,
     resolve_anatomy,
     text_config,
     weight_count,
 )
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types, register_anatomy
+from .shares import unreached, unreached_shares
 
 __all__ = [
     "MATRICES",
@@ -19,14 +22,17 @@ __all__ = [
     "AttentionAnatomy",
     "MlpAnatomy",
     "ModelAnatomy",
+    "check_record",
     "dense_rows",
     "find_record",
     "join",
     "known_model_types",
     "read_attribute",
     "register_anatomy",
-    "require_decoder",
+    "require_parts",
     "resolve_anatomy",
     "text_config",
+    "unreached",
+    "unreached_shares",
     "weight_count",
 ]

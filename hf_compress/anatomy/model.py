@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
+from .checks import check_parts
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types
 
 if TYPE_CHECKING:
@@ -54,6 +56,13 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def described_type(model: nn.Module) -> str:
+    """The model type whose record describes a model: its own, or that of its language part."""
+    config: Any = model.config
+    own = str(config.model_type)
+    return own if find_record(own) is not None else str(text_config(model).model_type)
+
+
 @dataclass(frozen=True)
 class ModelAnatomy:
     """The blocks of a model and how to find their parts.
@@ -62,11 +71,13 @@ class ModelAnatomy:
         model: the model.
         record: the record of its family.
         block_paths: module path of every block, in the order of execution.
+        stacks: the indices of the blocks of every stack: of encoder and decoder, or of two towers; else of one.
     """
 
     model: PreTrainedModel
     record: Anatomy
     block_paths: tuple[str, ...]
+    stacks: tuple[range, ...]
 
     def __len__(self) -> int:
         return len(self.block_paths)
@@ -90,9 +101,30 @@ class ModelAnatomy:
         return join(self.block_paths[index], self.mlp.path, getattr(self.mlp, role))
 
     def attention_path(self, index: int, role: str | None = None) -> str:
-        """Path of the attention module, or of its projection with `role` "query", "key", "value" or "output"."""
+        """Path of the attention module, or of the projection with `role` "query", "key", "value" or "output"."""
         inner = getattr(self.attention, role) if role else ""
+        if role == "output" and self.attention.output_outside:
+            return join(self.block_paths[index], inner)
         return join(self.block_paths[index], self.attention.path, inner)
+
+    def matrices_of_kind(self, index: int) -> Iterator[tuple[str, str]]:
+        """Path and kind of every matrix that the record names; a fused query, key and value counts as "query_key"."""
+        found: dict[str, str] = {}
+        if self.record.attention is not None:
+            for role in ("query", "key", "value", "output"):
+                kind = "query_key" if role in ("query", "key") else "value_output"
+                found.setdefault(self.attention_path(index, role), kind)
+        if self.record.mlp is not None:
+            found.update((self.mlp_path(index, role), "mlp") for role in self.mlp.roles)
+        found.update(self.named_matrices(index))
+        yield from found.items()
+
+    def named_matrices(self, index: int) -> Iterator[tuple[str, str]]:
+        """Path and kind of the matrices that the record's `kinds` names, without those that only other blocks have."""
+        for path, kind in self.record.kinds:
+            name = path.removesuffix("?")
+            if name == path or _has_module(self.block(index), name):
+                yield join(self.block_paths[index], name), kind
 
     def mlp_feeds_residual(self) -> bool:
         """Whether the down projection's output is added to the residual stream and no norm of the block follows."""
@@ -104,33 +136,21 @@ class ModelAnatomy:
         return self.record.decoder and self.outside("head") is not None
 
     def block_matrices(self, index: int) -> list[tuple[str, str]]:
-        """Path and kind of every matrix of a block: "mlp", "query_key" or "value_output" if the record names it,
-        otherwise "other"."""
-        kinds = {join(self.block_paths[index], path): kind for path, kind in self.record.kinds}
-        if self.record.attention is not None:
-            for role in ("query", "key", "value", "output"):
-                kinds[self.attention_path(index, role)] = "query_key" if role in ("query", "key") else "value_output"
-        if self.record.mlp is not None:
-            for role in ("up", "gate", "down") if self.mlp.gate else ("up", "down"):
-                kinds[self.mlp_path(index, role)] = "mlp"
+        """Path and kind of every matrix of a block that may be compressed: "mlp", "query_key" or "value_output" if the
+        record names it, otherwise "other"."""
+        kinds = dict(self.matrices_of_kind(index))
+        dense = {name.removesuffix("?") for name in self.record.left_dense}
         return [
             (path, kinds.get(path, "other"))
             for name, module in self.block(index).named_modules()
-            if isinstance(module, MATRICES)
+            if isinstance(module, MATRICES) and name not in dense
             for path in [join(self.block_paths[index], name)]
         ]
 
     def linear_paths(self) -> Iterator[str]:
         """The matrices of all blocks that a record names: what `reduction` counts."""
         for index in range(len(self)):
-            if self.record.attention is not None:
-                for role in ("query", "key", "value", "output"):
-                    yield self.attention_path(index, role)
-            if self.record.mlp is not None:
-                for role in ("up", "gate", "down") if self.mlp.gate else ("up", "down"):
-                    yield self.mlp_path(index, role)
-            for path, _ in self.record.kinds:
-                yield join(self.block_paths[index], path)
+            yield from (path for path, _ in self.matrices_of_kind(index))
             if not (self.record.attention or self.record.mlp or self.record.kinds):
                 yield from (path for path, _ in self.block_matrices(index))
 
@@ -159,42 +179,71 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     """Find the record of a model's family and check it against the model.
 
     Raises:
-        UnsupportedModelError: no record for the family, or a module that the record names is missing or is no
-            matrix. The message lists what was found.
+        UnsupportedModelError: no record for the family; a module that the record names is missing or is no matrix; or
+            an attribute, an argument or a size is not what the record says. The message lists what was found.
     """
-    config = text_config(model)
-    record = find_record(config.model_type)
+    config, base = text_config(model), model.base_model
+    # A record of the whole model comes before one of its language part.
+    record = find_record(model.config.model_type)
+    if record is None:
+        record, base = find_record(config.model_type), _language_part(model, config)
     if record is None:
         raise UnsupportedModelError(
             f"no anatomy record describes model type {config.model_type!r} ({type(model).__name__}). "
             f"Known: {', '.join(known_model_types())}. Found {_describe(model)}. "
             "Describe the family with hf_compress.register_anatomy(Anatomy(model_types=(...), ...))."
         )
-    base = model.base_model
+    model_type = described_type(model)
     prefix = next(name for name, module in model.named_modules() if module is base)
-    blocks_path = join(prefix, record.blocks)
-    paths = _block_paths(model, blocks_path)
-    if not paths:
+    lists = [join(prefix, path) for path in record.stacks]
+    found = [paths for paths in (_block_paths(model, path) for path in lists) if paths]
+    if not found:
         raise UnsupportedModelError(
-            f"the record of {config.model_type!r} expects a list of blocks at {blocks_path!r}, but there is none in "
-            f"{type(model).__name__}. Found {_describe(model)}."
+            f"the record of {model_type!r} expects a list of blocks at "
+            f"{' or '.join(repr(path) for path in lists)}, but there is none in {type(model).__name__}. Found "
+            f"{_describe(model)}."
         )
-    anatomy = ModelAnatomy(model=model, record=record, block_paths=paths)
+    ends = list(itertools.accumulate(len(paths) for paths in found))
+    stacks = tuple(range(end - len(paths), end) for end, paths in zip(ends, found, strict=True))
+    paths = tuple(itertools.chain.from_iterable(found))
+    anatomy = ModelAnatomy(model=model, record=record, block_paths=paths, stacks=stacks)
+    missing = [path for path in anatomy.linear_paths() if not _has_module(model, path)]
+    if missing:
+        first = [path for path in missing if path.startswith(f"{paths[0]}.")] or missing[:1]
+        raise UnsupportedModelError(
+            f"the record of {model_type!r} expects a projection at {', '.join(map(repr, first))}, which "
+            f"{type(model).__name__} does not have. Found {_describe(model)}."
+        )
     for path in anatomy.linear_paths():
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise UnsupportedModelError(
-                f"the record of {config.model_type!r} expects a projection at {path!r}, which {type(model).__name__} "
-                f"does not have. Found {_describe(model)}."
-            ) from None
+        module = model.get_submodule(path)
         # A record of attention and MLP describes linear layers; one of single matrices any kind of them.
-        if not isinstance(module, nn.Linear if record.attention or record.mlp else MATRICES):
+        if not isinstance(module, (nn.Linear, Conv1D) if record.attention or record.mlp else MATRICES):
             raise UnsupportedModelError(
-                f"{path!r} is a {type(module).__name__}, where the record of {config.model_type!r} expects an "
+                f"{path!r} is a {type(module).__name__}, where the record of {model_type!r} expects an "
                 "nn.Linear. Compress the plain checkpoint, without adapters or another quantization."
             )
+    check_parts(anatomy, model_type)
     return anatomy
+
+
+def _language_part(model: PreTrainedModel, config: Any) -> nn.Module:
+    """The base model that runs the text of a multimodal model; of others their own."""
+    base: nn.Module = model.base_model
+    if config is model.config:
+        return base
+    for part in model.modules():
+        # With a head, the model below it is meant.
+        if getattr(part, "config", None) is config and part.base_model is part:
+            return part  # type: ignore[no-any-return]
+    return base
+
+
+def _has_module(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _block_paths(model: nn.Module, pattern: str) -> tuple[str, ...]:
@@ -212,19 +261,13 @@ def _block_paths(model: nn.Module, pattern: str) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def require_decoder(anatomy: ModelAnatomy, what: str) -> None:
-    """Raise `UnsupportedModelError` for an encoder, or for a family whose attention and MLP no record describes."""
-    if not anatomy.record.decoder:
-        raise UnsupportedModelError(
-            f"{what} is for decoder-only language models so far, and {type(anatomy.model).__name__} "
-            f"({text_config(anatomy.model).model_type!r}) is none. Known decoders: "
-            f"{', '.join(known_model_types(decoder=True))}."
-        )
+def require_parts(anatomy: ModelAnatomy, what: str) -> None:
+    """Raise `UnsupportedModelError` for a family whose attention and MLP no record describes."""
     if anatomy.record.attention is None and anatomy.record.mlp is None:
         raise UnsupportedModelError(
             f"{what} needs to know attention and MLP of a block, and the record of "
-            f"{text_config(anatomy.model).model_type!r} describes only single matrices (its query, key and value are "
-            "one matrix). Learned codebooks work on it."
+            f"{described_type(anatomy.model)!r} ({type(anatomy.model).__name__}) describes only single "
+            "matrices. Learned codebooks work on it."
         )
 
 

@@ -17,7 +17,12 @@ class AttentionAnatomy:
 
     Args:
         path: the attention module, relative to the block.
-        query, key, value, output: the four projections, `nn.Linear`.
+        query, key, value, output: the four projections, `nn.Linear` or the transposed `Conv1D` of GPT-2.
+        fused: query, key and value name one projection, whose outputs are all queries, all keys and all values in turn
+            (`"side_by_side"`), or for each key head its queries, its key and its value (`"by_head"`).
+        output_outside: the family projects the heads outside of its attention module; `output` is relative to the
+            block.
+        head_dim: attribute that holds the size of a head.
         rotary: `"half"` when a rotary embedding couples dimensions `i` and `i + head_dim / 2`; `None` without one.
         rotary_flag: attribute that is false on layers that leave the rotary embedding out (SmolLM3).
         query_norm, key_norm: RMS norms over the head dimension between projection and rotary embedding.
@@ -27,6 +32,10 @@ class AttentionAnatomy:
         softcap: attribute that holds the logit softcap, passed on as `softcap=`.
         sliding_window: attribute that holds the window, passed on as `sliding_window=`.
         dropout: attribute that holds the dropout probability.
+        output_dropout: attribute that holds that of the output projection, where it lies in the attention module.
+        cache: the argument that hands in the key/value cache.
+        left_if: attributes that are true on modules that compute something else than this record describes; those are
+            left alone.
         fixed_heads: the class takes the number of heads from the config, not from the projections' sizes: no head can
             be removed.
     """
@@ -36,6 +45,9 @@ class AttentionAnatomy:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    fused: Literal["side_by_side", "by_head"] | None = None
+    output_outside: bool = False
+    head_dim: str = "head_dim"
     rotary: Literal["half"] | None = "half"
     rotary_flag: str | None = None
     query_norm: str | None = None
@@ -46,6 +58,9 @@ class AttentionAnatomy:
     softcap: str | None = None
     sliding_window: str | None = None
     dropout: str = "attention_dropout"
+    output_dropout: str | None = None
+    cache: str = "past_key_values"
+    left_if: tuple[str, ...] = ()
     fixed_heads: bool = False
 
     @property
@@ -59,20 +74,38 @@ class MlpAnatomy:
 
     Args:
         path: the module that holds the projections, relative to the block; `""` for the block itself.
-        up, gate, down: the projections, `nn.Linear`.
-        width_field: the field of the model's config that holds the width between up and down.
+        up, gate, down: the projections, `nn.Linear` or the transposed `Conv1D` of GPT-2. Up and gate of the same name
+            are one projection, whose first half of outputs is the gate's.
+        width_field: the field of the model's config that holds the width between up and down; `None` without one.
         feeds_residual: the down projection's output is added to the residual stream as it is, and nothing norms the
             sum within the block.
         feeds_residual_field: the field of the model's config that says so, where a family has both kinds.
+        output_normed: a norm stands between the down projection and the residual stream (Gemma): its scale is lost.
     """
 
     path: str = "mlp"
     up: str = "up_proj"
     gate: str | None = "gate_proj"
     down: str = "down_proj"
-    width_field: str = "intermediate_size"
+    width_field: str | None = "intermediate_size"
     feeds_residual: bool = True
     feeds_residual_field: str | None = None
+    output_normed: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether up and gate are one projection."""
+        return self.gate == self.up
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections that read the MLP's input."""
+        return (self.up,) if self.gate is None or self.fused else (self.up, self.gate)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that projections of their own have."""
+        return ("up", "down") if len(self.inputs) == 1 else ("up", "gate", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +114,55 @@ class Anatomy:
 
     Args:
         model_types: the `config.model_type` values that the record describes.
-        blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`); a `*` in it
-            stands for every member of a list of stages.
+        blocks: path of the `nn.ModuleList` of blocks, relative to the base model (`model.base_model`, or of a
+            multimodal model its language part); a `*` in it stands for every member of a list of stages. Several
+            paths, in the order of execution, where a model has several stacks: encoder and decoder, or two towers.
+            Those that a model lacks are left out, but one must be there.
         attention, mlp: the parts of a block; `None` for a part that the record does not describe.
         kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
-            for methods that treat every matrix by itself.
+            for methods that treat every matrix by itself. A path that ends in `?` is in some blocks only.
+        left_dense: paths relative to the block of matrices that no method may touch, `?` as above: the family's class
+            looks at their dtype (T5).
         decoder: a causal language model.
+        fixed_heads: of attention that is described by `kinds`, as in `AttentionAnatomy`.
         repeated: the model runs every block several times (ALBERT).
+        more_outputs: how many outputs a block has after the hidden states.
+        hands_on: the model passes those to the next block (T5: position biases of self and cross attention).
 
     A record without attention, MLP and kinds describes blocks whose matrices are all of kind "other".
     """
 
     model_types: tuple[str, ...]
-    blocks: str = "layers"
+    blocks: str | tuple[str, ...] = "layers"
     attention: AttentionAnatomy | None = AttentionAnatomy()
     mlp: MlpAnatomy | None = MlpAnatomy()
     kinds: tuple[tuple[str, str], ...] = ()
+    left_dense: tuple[str, ...] = ()
     decoder: bool = True
+    fixed_heads: bool = False
     repeated: bool = False
+    more_outputs: int = 0
+    hands_on: bool = False
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The paths of all lists of blocks."""
+        return (self.blocks,) if isinstance(self.blocks, str) else self.blocks
 
 
+# What a matrix of a block is for.
+KINDS = ("mlp", "query_key", "value_output")
 _RECORDS: dict[str, Anatomy] = {}
 
 
 def register_anatomy(record: Anatomy, *, replace: bool = False) -> Anatomy:
-    """Make a family known. Raises `ConfigurationError` if a model type has a record already and `replace` is false."""
+    """Make a family known.
+
+    Raises:
+        ConfigurationError: a model type has a record already and `replace` is false, or a field holds what it cannot
+            hold or contradicts another.
+    """
+    _check(record)
     taken = [name for name in record.model_types if name in _RECORDS]
     if taken and not replace:
         raise ConfigurationError(
@@ -116,6 +173,93 @@ def register_anatomy(record: Anatomy, *, replace: bool = False) -> Anatomy:
     return record
 
 
+def _check(record: Anatomy) -> None:
+    """Raise `ConfigurationError` for a record that says too little, what nobody understands, or two things at once."""
+    found = None
+    strange = [pair for pair in record.kinds if not (isinstance(pair, tuple) and len(pair) == 2 and pair[1] in KINDS)]
+    if isinstance(record.model_types, str) or not record.model_types:
+        found = f"`model_types` is {record.model_types!r}, expected a tuple of names: (config.model_type,)"
+    elif not all(record.stacks):
+        found = f"`blocks` is {record.blocks!r}, expected the path of the list of blocks, such as 'layers'"
+    elif strange:
+        kind = (
+            f"the kind {strange[0][1]!r}"
+            if isinstance(strange[0], tuple) and len(strange[0]) == 2
+            else repr(strange[0])
+        )
+        found = f"`kinds` has {kind}, expected one of {', '.join(map(repr, KINDS))} after every path: (path, kind)"
+    elif isinstance(record.left_dense, str):
+        found = f"`left_dense` is {record.left_dense!r}, expected a tuple of paths"
+    if found is not None:
+        raise ConfigurationError(f"Anatomy: {found}.")
+    found = None if record.attention is None else _attention_fault(record.attention)
+    if found is not None:
+        raise ConfigurationError(f"AttentionAnatomy: {found}.")
+    found = None if record.mlp is None else _mlp_fault(record.mlp)
+    if found is not None:
+        raise ConfigurationError(f"MlpAnatomy: {found}.")
+
+
+def _unnamed(part: AttentionAnatomy | MlpAnatomy, needed: tuple[str, ...], optional: tuple[str, ...]) -> str | None:
+    """What is wrong with a field that should hold a name."""
+    for field in (*needed, *optional):
+        value = getattr(part, field)
+        if not ((isinstance(value, str) and value) or (value is None and field in optional)):
+            return f"`{field}` is {value!r}, expected the name of an attribute"
+    return None
+
+
+def _attention_fault(record: AttentionAnatomy) -> str | None:
+    """What contradicts itself in a record of an attention, or `None`."""
+    for field, allowed in (("fused", ("side_by_side", "by_head", None)), ("rotary", ("half", None))):
+        value = getattr(record, field)
+        if value not in allowed:
+            return f"`{field}` is {value!r}, expected {' or '.join(map(repr, allowed))}"
+    unnamed = _unnamed(
+        record,
+        ("path", "query", "key", "value", "output", "head_dim", "scaling", "dropout", "cache"),
+        ("rotary_flag", "query_norm", "key_norm", "softcap", "sliding_window", "output_dropout"),
+    )
+    if unnamed is not None:
+        return unnamed
+    if isinstance(record.left_if, str):
+        return f"`left_if` is {record.left_if!r}, expected a tuple of names"
+    inputs = (record.query, record.key, record.value)
+    different = len(set(inputs))
+    if record.fused is not None and different > 1:
+        return f"`fused` is {record.fused!r}, which needs one projection as `query`, `key` and `value`; found {inputs}"
+    if record.fused is None and different < 3:
+        return (
+            f"`query`, `key` and `value` are {inputs}; one projection for all three needs `fused`: 'side_by_side' or "
+            "'by_head'. Name the matrices in `kinds`, and leave `attention` out, where two of the three are one"
+        )
+    if record.fused is not None and record.output_outside:
+        return "`fused` and `output_outside` cannot both be: the number of heads is read from the output within"
+    inside = not record.output_outside
+    if inside and record.output in inputs:
+        return f"`output` is {record.output!r}, which is also the projection of an input"
+    if not inside and record.output.startswith(f"{record.path}."):
+        return (
+            f"`output_outside` is true, and `output` {record.output!r} lies in the attention module {record.path!r}: "
+            "name it relative to that module, without `output_outside`"
+        )
+    if not inside and record.output_dropout is not None:
+        return "`output_dropout` is that of an output projection in the attention module, and `output_outside` is true"
+    if record.rotary is None and record.rotary_flag is not None:
+        return f"`rotary_flag` is {record.rotary_flag!r} without `rotary`"
+    if record.norm_offset and record.query_norm is None and record.key_norm is None:
+        return f"`norm_offset` is {record.norm_offset} without `query_norm` or `key_norm`"
+    return None
+
+
+def _mlp_fault(record: MlpAnatomy) -> str | None:
+    """What contradicts itself in a record of an MLP, or `None`."""
+    unnamed = _unnamed(record, ("up", "down"), ("gate", "width_field", "feeds_residual_field"))
+    if unnamed is None and record.down in record.inputs:
+        return f"`down` is {record.down!r}, which is also the projection of an input"
+    return unnamed
+
+
 def find_record(model_type: str) -> Anatomy | None:
     return _RECORDS.get(model_type)
 
@@ -123,123 +267,3 @@ def find_record(model_type: str) -> Anatomy | None:
 def known_model_types(decoder: bool | None = None) -> list[str]:
     """The model types with a record; of decoders or of encoders only, if asked."""
     return sorted(name for name, record in _RECORDS.items() if decoder in (None, record.decoder))
-
-
-register_anatomy(Anatomy(model_types=("llama",)))
-register_anatomy(Anatomy(model_types=("mistral",), attention=AttentionAnatomy(sliding_window="config.sliding_window")))
-register_anatomy(Anatomy(model_types=("qwen2",), attention=AttentionAnatomy(sliding_window="sliding_window")))
-register_anatomy(
-    Anatomy(
-        model_types=("qwen3",),
-        attention=AttentionAnatomy(query_norm="q_norm", key_norm="k_norm", sliding_window="sliding_window"),
-    )
-)
-register_anatomy(
-    Anatomy(
-        model_types=("smollm3",),
-        attention=AttentionAnatomy(rotary_flag="use_rope", sliding_window="sliding_window"),
-    )
-)
-register_anatomy(
-    Anatomy(
-        model_types=("gemma2",),
-        attention=AttentionAnatomy(softcap="attn_logit_softcapping", sliding_window="sliding_window"),
-        mlp=MlpAnatomy(feeds_residual=False),
-    )
-)
-register_anatomy(
-    Anatomy(
-        model_types=("gemma3_text",),
-        attention=AttentionAnatomy(
-            query_norm="q_norm", key_norm="k_norm", norm_offset=1.0, sliding_window="sliding_window"
-        ),
-        mlp=MlpAnatomy(feeds_residual=False),
-    )
-)
-register_anatomy(
-    Anatomy(
-        model_types=("opt",),
-        blocks="decoder.layers",
-        attention=AttentionAnatomy(
-            output="out_proj", rotary=None, query_prescaled=True, dropout="dropout", fixed_heads=True
-        ),
-        mlp=MlpAnatomy(
-            path="",
-            up="fc1",
-            gate=None,
-            down="fc2",
-            width_field="ffn_dim",
-            feeds_residual_field="do_layer_norm_before",
-        ),
-    )
-)
-
-
-def _register_encoder(model_types: tuple[str, ...], blocks: str, **kinds: tuple[str, ...]) -> None:
-    """An encoder of text or of images: every matrix by itself."""
-    pairs = tuple((path, kind) for kind, paths in kinds.items() for path in paths)
-    register_anatomy(
-        Anatomy(model_types=model_types, blocks=blocks, attention=None, mlp=None, kinds=pairs, decoder=False)
-    )
-
-
-_register_encoder(
-    ("bert", "roberta", "xlm-roberta", "camembert", "electra"),
-    "encoder.layer",
-    query_key=("attention.self.query", "attention.self.key"),
-    value_output=("attention.self.value", "attention.output.dense"),
-    mlp=("intermediate.dense", "output.dense"),
-)
-_register_encoder(
-    ("distilbert",),
-    "transformer.layer",
-    query_key=("attention.q_lin", "attention.k_lin"),
-    value_output=("attention.v_lin", "attention.out_lin"),
-    mlp=("ffn.lin1", "ffn.lin2"),
-)
-for _types, _blocks in ((("vit", "deit"), "layers"), (("dinov2",), "encoder.layer")):
-    _register_encoder(
-        _types,
-        _blocks,
-        query_key=("attention.q_proj", "attention.k_proj"),
-        value_output=("attention.v_proj", "attention.o_proj"),
-        mlp=("mlp.fc1", "mlp.fc2"),
-    )
-
-register_anatomy(
-    Anatomy(
-        model_types=("albert",),
-        blocks="encoder.albert_layer_groups.*.albert_layers",
-        attention=None,
-        mlp=None,
-        kinds=(
-            ("attention.query", "query_key"),
-            ("attention.key", "query_key"),
-            ("attention.value", "value_output"),
-            ("attention.dense", "value_output"),
-            ("ffn", "mlp"),
-            ("ffn_output", "mlp"),
-        ),
-        decoder=False,
-        repeated=True,
-    )
-)
-
-# Query, key and value are one matrix; only methods that treat every matrix by itself apply.
-register_anatomy(
-    Anatomy(
-        model_types=("gpt2",),
-        blocks="h",
-        attention=None,
-        mlp=None,
-        kinds=(
-            ("attn.c_attn", "query_key"),
-            ("attn.c_proj", "value_output"),
-            ("mlp.c_fc", "mlp"),
-            ("mlp.c_proj", "mlp"),
-        ),
-    )
-)
-register_anatomy(
-    Anatomy(model_types=("resnet",), blocks="encoder.stages.*.layers", attention=None, mlp=None, decoder=False)
-)

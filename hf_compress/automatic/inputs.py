@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import CalibrationData, load_calibration_data
 from ..calibration.sources import read_texts
+from ..engine.distributed import several_processes
 from ..errors import CalibrationError, ConfigurationError, ResumeError
 from ..evaluation.perplexity import as_token_ids
 from ..output import write_text
@@ -25,6 +26,15 @@ from .laboratory import overlap
 FEWEST = 256
 # Bytes at both ends of a weight file that tell it from another.
 SAMPLE = 2**20
+
+
+def require_one_process() -> None:
+    """Raise `ConfigurationError` under a launcher: every process would search on its own."""
+    if several_processes():
+        raise ConfigurationError(
+            "a search is the work of one process, and several were started. Search without a launcher; the recipe "
+            "that it finds runs under `accelerate launch`."
+        )
 
 
 def evaluation_ids(evaluation: Any, tokenizer: Any) -> Int[Tensor, "tokens"]:

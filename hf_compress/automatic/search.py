@@ -31,6 +31,7 @@ from .inputs import (
     check_directory,
     digest,
     evaluation_ids,
+    require_one_process,
     sources_of,
     weights_digest,
 )
@@ -99,6 +100,7 @@ def auto(
             raise ConfigurationError(f"`{field_name}` must be above 0, got {value}.")
     if evaluation_tokens < FEWEST:
         raise ConfigurationError(f"`evaluation_tokens` must be {FEWEST} or more, got {evaluation_tokens}.")
+    require_one_process()
     calibration = calibration if isinstance(calibration, CalibrationConfig) else CalibrationConfig(calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ConfigurationError(

@@ -15,7 +15,7 @@ from ..strict import StrictModel
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DatasetKind = Literal["source", "texts", "tokens", "rows", "examples", "mixture"]
+DatasetKind = Literal["source", "texts", "images", "tokens", "rows", "examples", "mixture"]
 
 EXAMPLE_LINE = 'calibration=CalibrationConfig("Salesforce/wikitext", name="wikitext-2-raw-v1")'
 
@@ -23,6 +23,7 @@ EXAMPLE_LINE = 'calibration=CalibrationConfig("Salesforce/wikitext", name="wikit
 _WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "source": ("weights",),
     "texts": ("weights", "name", "revision", "text_column"),
+    "images": ("weights", "name", "revision", "text_column"),
     "tokens": ("weights", "name", "revision", "text_column"),
     "rows": ("weights", "name", "revision"),
     "examples": ("weights", "name", "revision", "text_column"),
@@ -35,12 +36,13 @@ class CalibrationConfig(StrictModel):
     The data that a compression method measures the model on.
 
     Args:
-        dataset (`str`, `Path`, `datasets.Dataset`, `datasets.IterableDataset`, `list[str]`, `torch.Tensor`,
-            `list[torch.Tensor]` or `list[CalibrationConfig]`):
+        dataset (`str`, `Path`, `datasets.Dataset`, `datasets.IterableDataset`, `list[str]`, `list[PIL.Image.Image]`,
+            `torch.Tensor`, `list[torch.Tensor]` or `list[CalibrationConfig]`):
             One of: the id of a dataset on the Hub; a local `.txt`, `.jsonl`, `.json`, `.parquet` or `.csv` file, or a
-            folder of files of one of these kinds; a dataset in memory (with a `data_collator`, any iterable of
-            examples); a list of texts; token ids as an integer tensor of shape `(num_sequences, sequence_length)` or
-            as a list of integer tensors of shape `(length,)`; a list of configurations, which are mixed.
+            folder of files of one of these kinds; a folder of images, with or without folders in it; a dataset in
+            memory (with a `data_collator`, any iterable of examples); a list of texts; a list of images; token ids as
+            an integer tensor of shape `(num_sequences, sequence_length)` or as a list of integer tensors of shape
+            `(length,)`; a list of configurations, which are mixed.
             A path that exists wins over a Hub id of the same spelling.
         weights (`list[float]`, *optional*):
             The share of each part of a mixture, in any unit. Equal shares if not given.
@@ -50,16 +52,19 @@ class CalibrationConfig(StrictModel):
             The split of a Hub dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub dataset.
-        text_column (`str`, *optional*):
+        text_column (`str` or `list[str]`, *optional*):
             The column that holds the texts, or conversations for the chat template. If not given: `"text"`, else
-            `"messages"`, else the only column of strings.
+            `"messages"`, else the only column of strings. Texts of one column are packed. With a list of columns, such
+            as `["sentence1", "sentence2"]`, each text of each of them is a sequence of its own with the tokenizer's
+            special tokens, as a sentence encoder reads it; a text that comes twice is taken once.
         data_collator (`Callable`, *optional*):
             Turns a list of examples into a dictionary of tensors for `model(**batch)`. Examples are then neither
             tokenised nor packed, and no `processing_class` is needed.
         num_samples (`int`, defaults to 128):
             How many sequences (or examples) to calibrate on; fewer are used where there are fewer.
         sequence_length (`int`, defaults to 2048):
-            Tokens in a sequence cut from texts. Token ids and collated examples keep the length that they have.
+            Tokens in a sequence cut from texts, at most if each is a sequence of its own. Does not apply to images,
+            token ids and collated examples.
         num_held_out (`int`, defaults to 8):
             Sequences (or examples) kept apart for choices such as temperatures; never calibrated on.
         seed (`int`, defaults to 0):
@@ -68,6 +73,9 @@ class CalibrationConfig(StrictModel):
             Sequences (or examples) in a batch.
         streaming (`bool`, defaults to `False`):
             Read a Hub dataset or a local file row by row from its start, without a copy in the cache.
+
+    Images are read where the `processing_class` is an image processor, from the one column of type `datasets.Image` of
+    a dataset with columns; one of texts and images reads the images of data without a column of texts.
 
     A mixture decides `num_samples`, `num_held_out`, `sequence_length`, `batch_size` and `seed` for all its parts.
 
@@ -80,7 +88,7 @@ class CalibrationConfig(StrictModel):
     name: str | None = None
     split: str = Field(default="train", min_length=1)
     revision: str | None = None
-    text_column: str | None = None
+    text_column: str | tuple[str, ...] | None = None
     data_collator: Callable[..., Any] | None = Field(default=None, repr=False)
     num_samples: int = Field(default=128, ge=1, strict=True)
     sequence_length: int = Field(default=2048, ge=2, strict=True)
@@ -109,6 +117,8 @@ class CalibrationConfig(StrictModel):
             if getattr(self, field) is not None:
                 hint = "; set it on the parts" if kind == "mixture" else ""
                 raise ValueError(f"`{field}` has no effect when `dataset` is {_describe(self.dataset)}{hint}.")
+        if self.text_column == ():
+            raise ValueError("`text_column` is an empty list; name a column.")
         if self.data_collator is not None and self.text_column is not None:
             raise ValueError("`text_column` has no effect beside `data_collator`, which sees whole examples.")
         return self
@@ -157,6 +167,11 @@ def _is_instance(value: Any, library: str, *names: str) -> bool:
     return any(isinstance(value, getattr(module, name)) for name in names if hasattr(module, name))
 
 
+def is_image(value: Any) -> bool:
+    """Whether a value is an image of PIL."""
+    return _is_instance(value, "PIL.Image", "Image")
+
+
 def _kind_of(dataset: Any, *, collated: bool) -> DatasetKind:
     if isinstance(dataset, (str, Path)):
         if not str(dataset).strip():
@@ -175,14 +190,16 @@ def _kind_of(dataset: Any, *, collated: bool) -> DatasetKind:
     elif is_list:
         if all(isinstance(item, str) for item in dataset):
             return "texts"
+        if all(is_image(item) for item in dataset):
+            return "images"
         if all(_is_token_ids(item, dimensions=1) for item in dataset):
             return "tokens"
     elif _is_token_ids(dataset, dimensions=2):
         return "tokens"
     raise ValueError(
         f"`dataset` is {_describe(dataset)}; expected a Hub dataset id, a path, a datasets.Dataset or "
-        "IterableDataset, a list of texts, integer token ids (a 2-D tensor or a list of 1-D tensors), a list of "
-        "CalibrationConfig, or any iterable of examples together with `data_collator`."
+        "IterableDataset, a list of texts or of PIL images, integer token ids (a 2-D tensor or a list of 1-D "
+        "tensors), a list of CalibrationConfig, or any iterable of examples together with `data_collator`."
     )
 
 

@@ -25,7 +25,8 @@ class CalibrationData:
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`):
-            CPU tensors ready for `model(**batch)`. For texts and token ids only `input_ids` of shape
+            CPU tensors ready for `model(**batch)`. For images what the image processor
+            makes of them (`pixel_values`); for texts and token ids only `input_ids` of shape
             `(batch_size, sequence_length)` and type int64, without padding.
         held_out (`list[dict[str, torch.Tensor]]`):
             The same, for choices that must not be made on the calibration data; may be empty.
@@ -64,8 +65,8 @@ def load_calibration_data(
     Args:
         config (`CalibrationConfig`):
             What to read and how much of it.
-        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            Tokenises texts. Not needed for token ids or with a `data_collator`.
+        processing_class (`PreTrainedTokenizerBase`, `BaseImageProcessor` or `ProcessorMixin`, *optional*):
+            Tokenises texts, or makes tensors of images. Not needed for token ids or with a `data_collator`.
         vocab_size (`int`, *optional*):
             Token ids from here on are refused.
         max_length (`int`, *optional*):
@@ -80,7 +81,7 @@ def load_calibration_data(
 
     Raises:
         `CalibrationError`: for data that are missing, unreadable, empty, too long or outside the vocabulary, and for
-            texts without a `processing_class`.
+            texts or images without a `processing_class` that reads them.
     """
     access = Access(processing_class, max_length, token, cache_dir)
     units = read_units(config, Request.of(config), access)

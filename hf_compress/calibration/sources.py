@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError
-from .configuration import CalibrationConfig
+from .configuration import CalibrationConfig, is_image
+from .local import BUILDERS, local_files, local_images, local_path
 
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SEPARATOR = "\n\n"  # between rows, as perplexity on wikitext is measured everywhere
 _ROWS_IN_CHUNK = 1024
 _IN_MEMORY = {
     "texts": "in-memory texts",
+    "images": "in-memory images",
     "tokens": "in-memory token ids",
     "rows": "in-memory dataset",
     "examples": "in-memory examples",
@@ -30,14 +29,14 @@ _IN_MEMORY = {
 def describe_source(config: CalibrationConfig) -> dict[str, Any]:
     """What a model card says about the origin of the data, in plain JSON. A local path is given by its last part."""
     if config.kind != "source":
-        source = {"dataset": _IN_MEMORY[config.kind]}
-    elif (path := _local_path(config)) is not None:
+        source: dict[str, Any] = {"dataset": _IN_MEMORY[config.kind]}
+    elif (path := local_path(config)) is not None:
         source = {"dataset": path.resolve().name}
     else:
         source = {"dataset": str(config.dataset), "split": config.split}
         source |= {field: value for field in ("name", "revision") if (value := getattr(config, field)) is not None}
     if config.text_column is not None:
-        source["text_column"] = config.text_column
+        source["text_column"] = config.text_column if isinstance(config.text_column, str) else list(config.text_column)
     return source
 
 
@@ -62,7 +61,7 @@ def open_rows(
     """
     if config.kind != "source":
         return config.dataset
-    files = _local_files(config)
+    files = local_files(config)
     cache = str(cache_dir) if cache_dir is not None else None
     import datasets
 
@@ -78,7 +77,7 @@ def open_rows(
                 cache_dir=cache,
             )
         # The readers of the classes, unlike load_dataset, ask nothing of the network.
-        reader = f"from_{_BUILDERS[files[0].suffix.lower()]}"
+        reader = f"from_{BUILDERS[files[0].suffix.lower()]}"
         paths = [str(file) for file in files]
         if config.streaming:
             return getattr(datasets.IterableDataset, reader)(paths)
@@ -91,7 +90,7 @@ def check_local_data(config: CalibrationConfig) -> None:
     """Look whether data on this machine are there and have their text column, without reading more than a first chunk.
 
     Datasets of the Hub are not asked for, streams are not started, and a `.json` file, which has no first row until
-    all of it is parsed, is not opened.
+    all of it is parsed, is not opened. Images pass: whether they fit depends on the `processing_class`.
 
     Raises:
         `CalibrationError`: what reading the data would raise, before the model's weights are loaded for nothing.
@@ -103,14 +102,20 @@ def check_local_data(config: CalibrationConfig) -> None:
     rows = config.dataset if config.kind == "rows" and config.dataset.features is not None else None
     # Transformers builds its skeletons with meta as the default device, where `datasets` cannot share its counters.
     with torch.device("cpu"):
-        if config.kind == "source" and (files := _local_files(config)):
+        if config.kind == "source" and not _may_be_images(config) and (files := local_files(config)):
             suffix = files[0].suffix.lower()
             if suffix == ".txt":
                 _require_no_column(config)
             elif suffix != ".json":
                 rows = open_rows(config.model_copy(update={"streaming": True}))
         if rows is not None and config.data_collator is None:
-            _column(config, rows)
+            columns = Columns.of(config, rows)
+            if config.text_column is not None or not columns.images:
+                columns.require_text(config)
+
+
+def _may_be_images(config: CalibrationConfig) -> bool:
+    return config.data_collator is None and config.text_column is None and bool(local_images(config))
 
 
 def read_texts(
@@ -131,7 +136,7 @@ def read_texts(
     Raises:
         `CalibrationError`: for data that cannot be read, a missing text column, or rows that are not texts.
     """
-    files = _local_files(config) if config.kind == "source" else []
+    files = local_files(config) if config.kind == "source" else []
     if files and files[0].suffix.lower() == ".txt":
         _require_no_column(config)
         fragments = guarded(config, _file_fragments(files))
@@ -151,6 +156,46 @@ def read_texts(
                 piece, characters = [], 0
     if piece:
         yield "".join(piece)
+
+
+def read_sentences(
+    config: CalibrationConfig,
+    *,
+    wanted: int,
+    seed: int,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> list[str]:
+    """Up to `wanted` different texts from all columns that `config.text_column` lists.
+
+    Rows that can be indexed are drawn with `seed`, others come in their own order.
+
+    Raises:
+        `CalibrationError`: for data that cannot be read, a missing column, or values that are not texts.
+    """
+    if config.kind == "source" and (files := local_files(config)) and files[0].suffix.lower() == ".txt":
+        _require_no_column(config)
+    rows = open_rows(config, token=token, cache_dir=cache_dir).with_format(None)
+    names = Columns.of(config, rows).require_text(config)
+    rows = rows.select_columns(names) if names else rows
+    if hasattr(rows, "__len__"):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn: Iterable[Any] = (rows[index] for index in order)
+    else:
+        drawn = rows
+    found: dict[str, None] = {}
+    for row in guarded(config, drawn):
+        for name in names:
+            if row[name] is not None and not isinstance(row[name], str):
+                raise CalibrationError(
+                    f"{title(config)}: a row of the column {name!r} holds a {type(row[name]).__name__}; a list of "
+                    "columns in `text_column` is for columns of texts."
+                )
+            if row[name] and row[name].strip():
+                found[row[name]] = None
+        if len(found) >= wanted:
+            break
+    return list(found)[:wanted]
 
 
 def _require_no_column(config: CalibrationConfig) -> None:
@@ -220,32 +265,62 @@ def _conversation(messages: list[Any], processing_class: Any) -> str:
         ) from error
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of some rows: all of them, those of strings and those of images."""
+
+    names: list[str]
+    strings: list[str]
+    images: list[str]
+
+    @classmethod
+    def of(cls, config: CalibrationConfig, rows: Any) -> Columns:
+        rows = rows.with_format(None)
+        if rows.features is not None:
+            import datasets
+
+            types = rows.features
+            strings = [name for name in types if getattr(types[name], "dtype", None) in ("string", "large_string")]
+            return cls(list(types), strings, [name for name in types if isinstance(types[name], datasets.Image)])
+        first: dict[str, Any] = next(guarded(config, rows), {})
+        strings = [name for name in first if isinstance(first[name], str)]
+        return cls(list(first), strings, [name for name in first if is_image(first[name])])
+
+    def text(self, config: CalibrationConfig) -> list[str]:
+        """The columns that are named or, without names, the one that is plainly the text; empty if there is none."""
+        if config.text_column is not None:
+            wanted = [config.text_column] if isinstance(config.text_column, str) else list(config.text_column)
+            return wanted if set(wanted) <= set(self.names) else []
+        for usual in ("text", "messages"):
+            if usual in self.names:
+                return [usual]
+        return self.strings if len(self.strings) == 1 else []
+
+    def require_text(self, config: CalibrationConfig) -> list[str]:
+        """As `text`; raises `CalibrationError` for columns without it."""
+        if (found := self.text(config)) or not self.names:
+            return found
+        if config.text_column is None and self.images:
+            raise CalibrationError(
+                f"{title(config)} has images and no column that is plainly the text; its columns are {self.names}. "
+                "Pass an image processor as `processing_class` to calibrate on the images, or name the column of "
+                "texts with `text_column=`."
+            )
+        named = [config.text_column] if isinstance(config.text_column, str) else config.text_column or ()
+        missing = " or ".join(repr(name) for name in named if name not in self.names)
+        several = f", or several whose texts are sequences of their own, text_column={self.strings[:2]}"
+        raise CalibrationError(
+            f"{title(config)} has {f'no column {missing}' if missing else 'no column that is plainly the text'}; its "
+            f"columns are {self.names}. Name the one to read, such as "
+            f"text_column={(self.strings or self.names)[0]!r}{several if len(self.strings) > 1 else ''}."
+        )
+
+
 def _column(config: CalibrationConfig, rows: Any) -> Any:
     """The column of texts or conversations: indexable if `rows` is, else only iterable."""
-    rows = rows.with_format(None)
-    if rows.features is not None:
-        columns = list(rows.features)
-        strings = [
-            name for name in columns if getattr(rows.features[name], "dtype", None) in ("string", "large_string")
-        ]
-    else:
-        first: dict[str, Any] = next(guarded(config, rows), {})
-        columns = list(first)
-        strings = [name for name in columns if isinstance(first[name], str)]
-    if not columns:
-        return []
-    candidates = [config.text_column] if config.text_column is not None else ["text", "messages"]
-    candidates = [name for name in candidates if name in columns]
-    if config.text_column is None and not candidates and len(strings) == 1:
-        candidates = strings
-    if not candidates:
-        wanted = f"no column {config.text_column!r}" if config.text_column else "no column that is plainly the text"
-        raise CalibrationError(
-            f"{title(config)} has {wanted}; its columns are {columns}. "
-            f"Name the one to read, such as text_column={(strings or columns)[0]!r}."
-        )
+    names = Columns.of(config, rows).require_text(config)
     # Selected first, so that images and other columns beside it are neither read nor decoded.
-    return rows.select_columns(candidates[:1])[candidates[0]]
+    return rows.with_format(None).select_columns(names)[names[0]] if names else []
 
 
 def guarded(config: CalibrationConfig, values: Iterable[Any]) -> Iterator[Any]:
@@ -259,7 +334,7 @@ def guarded(config: CalibrationConfig, values: Iterable[Any]) -> Iterator[Any]:
 def _unreadable(config: CalibrationConfig, error: Exception) -> CalibrationError:
     reason = error.__cause__ or error
     remedy = ""
-    if config.kind == "source" and _local_path(config) is not None:
+    if config.kind == "source" and local_path(config) is not None:
         remedy = " Check the contents of the file."
     elif config.kind == "source":
         remedy = (
@@ -267,43 +342,3 @@ def _unreadable(config: CalibrationConfig, error: Exception) -> CalibrationError
             "connection; a private or gated dataset needs `token`."
         )
     return CalibrationError(f"{title(config)} could not be read: {type(reason).__name__}: {reason}{remedy}")
-
-
-def _local_path(config: CalibrationConfig) -> Path | None:
-    """The file or folder meant, or None for a Hub id; raises `CalibrationError` if it is neither."""
-    given = str(config.dataset)
-    path = Path(os.path.expanduser(given))
-    # os.path.exists, unlike Path.exists, takes a whole text given by mistake for a name too long to exist.
-    if os.path.exists(path):
-        return path
-    if isinstance(config.dataset, Path) or path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(given):
-        shown = given if len(given) <= 200 else given[:200] + "..."
-        raise CalibrationError(
-            f"dataset={shown!r} is no file or folder (looked in {str(Path.cwd())!r}) and no Hub dataset id. "
-            "Correct the path; texts in memory are given as a list of str."
-        )
-    return None
-
-
-def _local_files(config: CalibrationConfig) -> list[Path]:
-    path = _local_path(config)
-    if path is None:
-        return []
-    for field, default in (("name", None), ("revision", None), ("split", "train")):
-        if (value := getattr(config, field)) != default:
-            raise CalibrationError(
-                f"{field}={value!r} applies to datasets of the Hub, but {str(config.dataset)!r} is local. "
-                f"Leave `{field}` out, or load the data with `datasets` and pass the Dataset."
-            )
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    usable = [file for file in files if file.suffix.lower() in _BUILDERS]
-    kinds = sorted({_BUILDERS[file.suffix.lower()] for file in usable})
-    if len(kinds) != 1:
-        found = sorted({file.suffix or file.name for file in files})
-        raise CalibrationError(
-            f"{path.name!r} holds {'files of several kinds' if kinds else 'nothing to read'}: found {found}, "
-            f"expected files of one kind of {sorted(_BUILDERS)}."
-        )
-    if not any(file.stat().st_size for file in usable):
-        raise CalibrationError(f"{path.name!r} is empty: there is nothing to calibrate on.")
-    return usable

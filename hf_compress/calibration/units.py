@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .configuration import CalibrationConfig
-from .sources import describe_source, guarded, open_rows, read_texts, title
+from .images import find_images, image_collator
+from .sources import describe_source, guarded, open_rows, read_sentences, read_texts, title
 
 # Reading stops at this multiple of the tokens wanted: enough to choose from, little enough to tokenise.
 _OVERSAMPLING = 4
@@ -25,7 +26,7 @@ _PIECE_CHARACTERS = (2**16, 2**20)  # bounds on what is tokenised in one call
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as the collator made it, with what can only be counted beside its examples."""
+    """A batch as a collator made it, with what can only be counted beside its examples."""
 
     tensors: dict[str, Tensor]
     num_tokens: int
@@ -77,10 +78,16 @@ def read_units(config: CalibrationConfig, request: Request, access: Access) -> U
     """
     if config.kind == "mixture":
         return _read_mixture(config, request, access)
+    places: dict[str, Any] = {"token": access.token, "cache_dir": access.cache_dir}
     if config.data_collator is not None:
-        return _read_examples(config, config.data_collator, request, access)
+        return _read_examples(config, open_rows(config, **places), config.data_collator, request, "examples")
     if config.kind == "tokens":
         return _read_token_ids(config, request)
+    images = find_images(config, access.processing_class, **places)
+    if images is not None:
+        return _read_examples(config, images, image_collator(access.processing_class), request, "images")
+    if isinstance(config.text_column, tuple):
+        return _read_sentences(config, request, access)
     return _read_windows(config, request, access)
 
 
@@ -106,19 +113,13 @@ def _read_windows(config: CalibrationConfig, request: Request, access: Access) -
             stacklevel=2,
         )
     else:
-        _warn_if_scarce(config, request, len(windows), kept, apart, f"sequences of {length} tokens")
+        _warn_if_scarce(config, request, len(windows), len(kept), len(apart), f"sequences of {length} tokens")
     description = _describe(config, request, len(kept), len(apart)) | {"sequence_length": windows[0].numel()}
     return Units([windows[i] for i in kept], [windows[i] for i in apart], description)
 
 
 def _token_stream(config: CalibrationConfig, request: Request, access: Access) -> Int64[Tensor, " tokens"]:
-    tokenizer = getattr(access.processing_class, "tokenizer", access.processing_class)
-    if not hasattr(tokenizer, "encode"):
-        found = "no processing_class" if tokenizer is None else f"{type(tokenizer).__name__}, which cannot tokenise"
-        raise CalibrationError(
-            f"{title(config)} must be tokenised, and there is {found}. Pass `processing_class=tokenizer`, "
-            "or give a `data_collator` if the dataset holds no text."
-        )
+    tokenizer = _tokenizer(config, access)
     wanted = _OVERSAMPLING * (request.num_samples + request.num_held_out) * request.sequence_length
     low, high = _PIECE_CHARACTERS
     pieces = read_texts(
@@ -141,6 +142,37 @@ def _token_stream(config: CalibrationConfig, request: Request, access: Access) -
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def _read_sentences(config: CalibrationConfig, request: Request, access: Access) -> Units:
+    tokenizer = _tokenizer(config, access)
+    wanted = request.num_samples + request.num_held_out
+    sentences = read_sentences(
+        config, wanted=wanted, seed=request.seed, token=access.token, cache_dir=access.cache_dir
+    )
+    limits = (request.sequence_length, access.max_length, getattr(tokenizer, "model_max_length", None))
+    cut = {"truncation": True, "max_length": min(limit for limit in limits if limit is not None)}
+    encoded = tokenizer(sentences, return_attention_mask=False, **cut)["input_ids"] if sentences else []
+    # Batches are of sequences of equal length, so that no padding is measured.
+    sequences = [torch.tensor(ids, dtype=torch.int64) for ids in encoded if ids]
+    if not sequences:
+        raise CalibrationError(f"{title(config)} holds no texts in the columns {list(config.text_column or ())}.")
+    num_kept, num_apart = _share(len(sequences), request)
+    _warn_if_scarce(config, request, len(sequences), num_kept, num_apart, "different texts")
+    longest = max(sequence.numel() for sequence in sequences)
+    description = _describe(config, request, num_kept, num_apart) | {"sequence_length": longest}
+    return Units([*sequences[:num_kept]], [*sequences[num_kept : num_kept + num_apart]], description)
+
+
+def _tokenizer(config: CalibrationConfig, access: Access) -> Any:
+    tokenizer = getattr(access.processing_class, "tokenizer", access.processing_class)
+    if hasattr(tokenizer, "encode"):
+        return tokenizer
+    found = "no processing_class" if tokenizer is None else f"{type(tokenizer).__name__}, which cannot tokenise"
+    raise CalibrationError(
+        f"{title(config)} must be tokenised, and there is {found}. Pass `processing_class=tokenizer`, an image "
+        "processor if the dataset holds images, or a `data_collator` if it holds neither."
+    )
+
+
 def _read_token_ids(config: CalibrationConfig, request: Request) -> Units:
     sequences = [row.detach().to(device="cpu", dtype=torch.int64) for row in config.dataset]
     sequences = [row for row in sequences if row.numel()]
@@ -154,9 +186,8 @@ def _read_token_ids(config: CalibrationConfig, request: Request) -> Units:
 
 
 def _read_examples(
-    config: CalibrationConfig, data_collator: Callable[..., Any], request: Request, access: Access
+    config: CalibrationConfig, rows: Any, data_collator: Callable[..., Any], request: Request, what: str
 ) -> Units:
-    rows = open_rows(config, token=access.token, cache_dir=access.cache_dir)
     # torch's IterableDataset has a __getitem__ that only raises.
     streamed = isinstance(rows, torch.utils.data.IterableDataset)
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") and not streamed:
@@ -170,8 +201,8 @@ def _read_examples(
         num_kept, num_apart = _share(available, request)
         kept, apart = list(range(num_kept)), list(range(num_kept, num_kept + num_apart))
     if not examples:
-        raise CalibrationError(f"{title(config)} holds no examples; there is nothing to calibrate on.")
-    _warn_if_scarce(config, request, available, kept, apart, "examples")
+        raise CalibrationError(f"{title(config)} holds no {what}; there is nothing to calibrate on.")
+    _warn_if_scarce(config, request, available, len(kept), len(apart), what)
     # Collators that mask at random draw from torch; the caller's random state is not ours to move.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
@@ -241,13 +272,13 @@ def _share(available: int, request: Request) -> tuple[int, int]:
 
 
 def _warn_if_scarce(
-    config: CalibrationConfig, request: Request, available: int, kept: list[int], apart: list[int], what: str
+    config: CalibrationConfig, request: Request, available: int, num_kept: int, num_apart: int, what: str
 ) -> None:
     wanted = request.num_samples + request.num_held_out
     if available < wanted:
         warnings.warn(
             f"{title(config)} gives {available} {what}, but {wanted} are wanted (num_samples={request.num_samples} "
-            f"and num_held_out={request.num_held_out}); calibrating on {len(kept)} and keeping {len(apart)} apart.",
+            f"and num_held_out={request.num_held_out}); calibrating on {num_kept} and keeping {num_apart} apart.",
             stacklevel=2,
         )
 

@@ -8,6 +8,7 @@ from .automatic import auto
 from .card import card
 from .demo import demo
 from .evaluate import evaluate
+from .families import families
 from .plan import plan
 from .push import push
 from .run import run
@@ -25,6 +26,7 @@ app.command("auto")(auto)
 app.command("card")(card)
 app.command("push")(push)
 app.command("demo")(demo)
+app.command("families")(families)
 
 
 def main() -> None:

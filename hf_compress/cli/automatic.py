@@ -31,7 +31,9 @@ def auto(
     ] = None,
     dataset_name: Annotated[list[str] | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split of a Hub dataset.")] = None,
-    text_column: Annotated[list[str] | None, typer.Option(help="Column of texts or messages.")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column of texts or messages; a,b: each text of both a sequence.")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Sequences to calibrate on.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     max_minutes: Annotated[float, typer.Option(help="Wall time of the search.")] = 120.0,

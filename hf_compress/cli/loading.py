@@ -20,8 +20,12 @@ def load_model(
     device_map: str | None = None,
     revision: str | None = None,
     gguf_file: str | None = None,
+    of_any_class: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the Hub; one from a GGUF file is unpacked and is a plain model after.
+
+    Args:
+        of_any_class: the class that the checkpoint's config names, such as that of an encoder, where there is one.
 
     Raises:
         ConfigurationError: for an unknown dtype, a folder that is not there, or a model that cannot be loaded.
@@ -37,8 +41,37 @@ def load_model(
         options["device_map"] = device_map
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    kind = _declared_class(name, revision) if of_any_class and gguf_file is None else AutoModelForCausalLM
     # Transformers drops the GGUF quantizer from a model that it has unpacked.
-    return load_with(AutoModelForCausalLM, name, options)
+    return load_with(kind, name, options)
+
+
+def _declared_class(name: str, revision: str | None) -> Any:
+    import transformers
+
+    config = load_with(transformers.AutoConfig, name, {"revision": revision})
+    for declared in config.architectures or ():
+        kind = getattr(transformers, declared, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    return transformers.AutoModelForCausalLM
+
+
+def load_processing_class(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The model's tokenizer or, of a model of images, its image processor.
+
+    Raises:
+        ConfigurationError: where there is neither.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return load_tokenizer(name, revision=revision, gguf_file=gguf_file)
+    except ConfigurationError as no_tokenizer:
+        try:
+            return load_with(AutoImageProcessor, name, {"revision": revision})
+        except ConfigurationError:
+            raise no_tokenizer from None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigurationError
 from . import recipe as options
 from .console import command, stdout
 from .loading import check_source
@@ -46,9 +47,28 @@ def plan(
     time: Annotated[
         bool, typer.Option("--time", help="Rehearse on two blocks of random weights to tell the time.")
     ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Also time, memory and network traffic on so many accelerators, on paper: 1,8,64."),
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option(help="With --devices: a100, h100, h200, or this to measure the CPU.")
+    ] = "h100",
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --devices: another number for a device, memory=40GB or gram_share=0.4; may be repeated."
+        ),
+    ] = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Show what would be compressed and how small MODEL would become. Nothing is loaded or written."""
+    counts = _device_counts(devices)
+    if assume and not counts:
+        raise ConfigurationError("--assume is about devices: say how many with --devices 1,8,64.")
+    from ..engine.scaling import Hardware
+
+    paper_hardware = Hardware.named(hardware).assuming(assume or ()) if counts else None
     check_source(model)
     recipe, data = options.chosen_recipe(
         recipe_file,
@@ -85,3 +105,13 @@ def plan(
     calibration = hf_compress.CalibrationConfig("not read", **given) if given else data
     planned = hf_compress.plan(model, recipe, calibration=calibration, measure_time=time or None)
     stdout().print(str(planned), highlight=False, markup=False)
+    if paper_hardware is not None:
+        stdout().print(str(planned.on_paper(counts, paper_hardware)), highlight=False, markup=False)
+
+
+def _device_counts(devices: str | None) -> list[int]:
+    """Numbers separated by commas. Raises `ConfigurationError`."""
+    parts = devices.split(",") if devices is not None else []
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ConfigurationError(f"--devices {devices!r}: expected numbers of 1 or more such as 1,8,64.")
+    return [int(part) for part in parts]

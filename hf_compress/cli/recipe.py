@@ -204,10 +204,14 @@ def build_calibration(
             "there is nothing to calibrate on: add --dataset FILE (.txt, .jsonl, .parquet, .csv), or a dataset of the "
             "Hub, such as --dataset Salesforce/wikitext --dataset-name wikitext-2-raw-v1."
         )
-    columns = {
+    columns: dict[str, list[Any]] = {
         "name": _spread("--dataset-name", names, len(datasets)),
         "split": _spread("--split", splits, len(datasets)),
-        "text_column": _spread("--text-column", text_columns, len(datasets)),
+        # a,b: of several columns each text is a sequence of its own.
+        "text_column": [
+            tuple(column.split(",")) if column and "," in column else column
+            for column in _spread("--text-column", text_columns, len(datasets))
+        ],
     }
     given = {name: value for name, value in options.items() if value is not None}
     parts: list[dict[str, Any]] = []

@@ -53,7 +53,9 @@ def run(
     dataset_name: Annotated[list[str] | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     dataset_weight: Annotated[list[float] | None, typer.Option(help="Share of each dataset of a mixture.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split of a Hub dataset.")] = None,
-    text_column: Annotated[list[str] | None, typer.Option(help="Column of texts or messages.")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column of texts or messages; a,b: each text of both a sequence.")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Sequences to calibrate on.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch.")] = None,
@@ -126,15 +128,15 @@ def run(
     import hf_compress
 
     from ..calibration.sources import check_local_data
-    from ..engine.distributed import Processes, process_state
+    from ..engine.distributed import Processes, process_device, process_state, processes_here, several_processes
     from ..engine.freed import keep_heap_small
-    from .loading import is_compressed, load_model, load_tokenizer
+    from .loading import is_compressed, load_model, load_processing_class
 
     keep_heap_small()
     if calibration is not None:
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.
-    tokenizer = load_tokenizer(model, revision=revision, gguf_file=gguf_file)
+    processing_class = load_processing_class(model, revision=revision, gguf_file=gguf_file)
     if max_memory is not None:
         if device_map is not None or gguf_file is not None:
             raise ConfigurationError("--max-memory goes without --device-map and --gguf-file.")
@@ -142,7 +144,7 @@ def run(
             model,
             out,
             recipe,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             calibration=calibration,
             working_directory=working_directory,
             max_memory=max_memory,
@@ -157,12 +159,16 @@ def run(
         planned = hf_compress.plan(
             model, recipe, calibration=calibration, measure_time=False, dtype=dtype, revision=revision
         )
-        planned.require_memory()
-    dense = load_model(model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file)
+        planned.require_memory(processes=processes_here())
+    dense = load_model(
+        model, dtype=dtype, device_map=device_map, revision=revision, gguf_file=gguf_file, of_any_class=True
+    )
+    if several_processes() and device_map is None:
+        dense.to(process_device())
     compressed = hf_compress.compress(
         dense,
         recipe,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         calibration=calibration,
         working_directory=working_directory,
         keep_activations=keep_activations,
@@ -171,7 +177,7 @@ def run(
     def save() -> None:
         with whole_folder(out) as scratch:
             compressed.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            processing_class.save_pretrained(scratch)
         _finish(compressed.compression_report, out)
 
     with Processes.of_launcher() as processes:

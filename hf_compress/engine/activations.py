@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CompressionError
+from .distributed import Processes
 
 
 class Activations(MutableSequence[Tensor]):
@@ -80,3 +83,23 @@ class _Filed:
     def read(self) -> Tensor:
         found: Tensor = load_file(self.path)["hidden"].to(self.device, copy=True)
         return found
+
+
+@contextmanager
+def folder_of_activations(directory: Path | None, processes: Processes) -> Iterator[Path]:
+    """Of this process; gone at the end. What a killed run has left goes at the start."""
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="hf_compress-") as temporary:
+            yield Path(temporary)
+        return
+    folder = directory / f"activations-{processes.rank}"
+
+    def clear() -> None:
+        for left in directory.glob("activations-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    processes.once(clear)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,44 +4,58 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ..anatomy import ModelAnatomy
-from ..errors import CalibrationError, NumericalError, UnsupportedModelError
+from ..anatomy import ModelAnatomy, text_config
+from ..errors import CalibrationError, CompressionError, NumericalError, UnsupportedModelError
 from .activations import Activations
 
 Batch = dict[str, Tensor]
+# Arguments of a block beside the hidden states: positional, and by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Rows of logits turned to float32 at once.
 LOGIT_ROWS = 128
+CACHES = (Cache, EncoderDecoderCache)
+# Numbers of an image that make up a position: a usual patch.
+IMAGE_POSITION = 3 * 16 * 16
 
 
-# Which positions of the batch now in a block are text: (batch · tokens,), or `None` without padding.
-_TEXT_POSITIONS: ContextVar[Tensor | None] = ContextVar("text_positions", default=None)
+# Which positions of the batch now in a block are text, (batch · tokens,), by their number: encoder and decoder have
+# sequences of their own. None for sequences without padding.
+_TEXT_POSITIONS: ContextVar[Mapping[int, Tensor]] = ContextVar("text_positions", default=MappingProxyType({}))
 
 
 def real_tokens(states: Float[Tensor, "*tokens n"]) -> Float[Tensor, "real n"]:
     """The rows of a hidden state that belong to text, without padding."""
     rows = states.reshape(-1, states.shape[-1])
-    positions = _TEXT_POSITIONS.get()
+    positions = _TEXT_POSITIONS.get().get(len(rows))
     return rows if positions is None else rows[positions.to(rows.device)]
 
 
 @contextmanager
 def text_positions(batch: Batch) -> Iterator[None]:
     """Within the context, `real_tokens` leaves out the padding of a batch."""
-    mask = batch.get("attention_mask")
-    plain = mask is None or mask.dim() != 2 or bool(mask.all())
-    token = _TEXT_POSITIONS.set(None if plain or mask is None else mask.bool().reshape(-1))
+    found: dict[int, Tensor] = {}
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name)
+        if mask is not None and mask.dim() == 2:
+            positions = mask.bool().reshape(-1)
+            # As many positions in both: what is text in either counts.
+            found[len(positions)] = positions | found.get(len(positions), positions)
+    token = _TEXT_POSITIONS.set({size: positions for size, positions in found.items() if not positions.all()})
     try:
         yield
     finally:
@@ -68,7 +82,9 @@ class BlockStream:
     """The residual stream of some batches between two blocks.
 
     The model runs once with its blocks replaced by pass-throughs that record their arguments: masks, rotary tables and
-    whatever else a family passes, per block. From there the blocks are called one by one.
+    whatever else a family passes, per block. From there the blocks are called one by one. A model with several stacks
+    of blocks (encoder and decoder) runs so once for each, when the stream comes to its first block; the stacks before
+    it then hand out what the stream has made of them. What lies outside the blocks runs as it is by then.
 
     Args:
         anatomy: where the blocks are.
@@ -83,31 +99,80 @@ class BlockStream:
                 "once. Choose a method or option that needs no data."
             )
         self.anatomy = anatomy
-        self.batches = batches
+        self.batches = [complete(anatomy.model, batch) for batch in batches]
         self.hidden = Activations(folder)
-        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        blocks = [anatomy.block(index) for index in range(len(anatomy))]
-        model = anatomy.model.base_model
-        for batch in batches:
-            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(blocks)
-            entry: list[Tensor] = []
-
-            def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                calls[index] = (args, kwargs)  # noqa: B023 - used within the same turn of the loop
-                if not entry:  # noqa: B023
-                    entry.append(hidden)  # noqa: B023
-                return hidden
-
-            def entrance(index: int, *args: Any, **kwargs: Any) -> Tensor:
-                if "hidden_states" in kwargs:
-                    hidden = kwargs.pop("hidden_states")
-                    return record(index, hidden, *args, **kwargs)
-                return record(index, *args, **kwargs)
-
-            with torch.no_grad(), replaced_forward(blocks, entrance):
-                model(**model_inputs(model, batch))
-            self.hidden.append(entry[0])
+        # Of the stack that the stream is in: what its blocks are called with, by the batch.
+        self._arguments: list[list[Call]] = []
+        self._stack = 0
+        # The block that ran last, and what the stacks before have put out.
+        self._last = -1
+        self._finals: list[Activations] = []
+        for batch in range(len(batches)):
+            calls, entry = self._recorded(batch)
             self._arguments.append(calls)
+            self.hidden.append(entry)
+
+    def _recorded(self, batch: int) -> tuple[list[Call], Tensor]:
+        """Run the model on a batch: what it passes to the blocks of the present stack, and the first one's input."""
+        anatomy, stack = self.anatomy, self.anatomy.stacks[self._stack]
+        blocks = [anatomy.block(index) for index in range(len(anatomy))]
+        forwards = [block.forward for block in blocks]
+        finals = [done[batch] for done in self._finals]
+        calls: list[Call] = [((), {})] * len(blocks)
+        entry: list[Tensor] = []
+
+        def entrance(index: int, *args: Any, **kwargs: Any) -> Any:
+            if "hidden_states" in kwargs:
+                args = (kwargs.pop("hidden_states"), *args)
+            # A block runs more than once, and a cache would remember the times before.
+            kwargs = {name: None if isinstance(value, CACHES) else value for name, value in kwargs.items()}
+            hidden, rest = args[0], [None if isinstance(value, CACHES) else value for value in args[1:]]
+            more: tuple[Any, ...] = (None,) * anatomy.record.more_outputs
+            if index in stack:
+                calls[index] = (tuple(rest), kwargs)
+                entry.append(hidden)
+                if anatomy.record.hands_on:
+                    more = forwards[index](hidden, *rest, **kwargs)[1 : len(more) + 1]
+            elif index < stack.start:
+                hidden = next(final for final, own in zip(finals, anatomy.stacks, strict=False) if index in own)
+            return (hidden, *more) if more else hidden
+
+        model = _body(anatomy.model)
+        inputs = model_inputs(model, self.batches[batch])
+        with torch.no_grad(), replaced_forward(blocks, entrance):
+            try:
+                model(**inputs)
+            except (TypeError, ValueError, AttributeError) as error:
+                if entry:
+                    raise
+                raise CalibrationError(
+                    f"{type(model).__name__} does not run on a batch of {sorted(inputs)} ({error})."
+                ) from error
+        if not entry:
+            raise CalibrationError(
+                f"a batch of {sorted(self.batches[batch])} does not reach {anatomy.block_paths[stack.start]!r}: "
+                f"{type(model).__name__} has several parts, and calibration needs data for each."
+            )
+        return calls, entry[0]
+
+    def _come_to(self, index: int) -> None:
+        """Enter the stack of a block, unless the stream is in it already."""
+        stacks = self.anatomy.stacks
+        while index not in stacks[self._stack]:
+            if self._last != stacks[self._stack].stop - 1:
+                raise CompressionError(
+                    f"the hidden states before {self.anatomy.block_paths[index]!r} are not enough: what the blocks up "
+                    f"to {self.anatomy.block_paths[stacks[self._stack].stop - 1]!r} put out is needed as well. Start "
+                    "without hidden states of an earlier run."
+                )
+            self._finals.append(self.hidden)
+            self.hidden = Activations(self.hidden.folder)
+            self._stack, self._last = self._stack + 1, stacks[self._stack + 1].start - 1
+            self._arguments = []
+            for batch in range(len(self)):
+                calls, entry = self._recorded(batch)
+                self._arguments.append(calls)
+                self.hidden.append(entry)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -115,14 +180,15 @@ class BlockStream:
     def copy(self) -> BlockStream:
         """A stream at the same place with the same arguments, to be moved on its own."""
         other = object.__new__(BlockStream)
-        other.anatomy, other.batches = self.anatomy, self.batches
-        other.hidden, other._arguments = self.hidden.copy(), self._arguments
+        other.__dict__.update(self.__dict__)
+        other.hidden, other._finals = self.hidden.copy(), list(self._finals)
         return other
 
     def by_sequence(self) -> BlockStream:
         """The same place, every sequence (or image) a batch of its own."""
         other = object.__new__(BlockStream)
-        other.anatomy, other.batches, other._arguments = self.anatomy, [], []
+        other.__dict__.update(self.__dict__)
+        other.batches, other._arguments, other._finals = [], [], []
         other.hidden = Activations(self.hidden.folder)
         for batch, hidden, calls in zip(self.batches, self.hidden, self._arguments, strict=True):
             for row in range(len(hidden)):
@@ -133,13 +199,15 @@ class BlockStream:
                 other._arguments.append(tree_map(row_of, calls))
         return other
 
-    def arguments(self, index: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, index: int, batch: int) -> Call:
         """What the model passes to block `index` beside the hidden states of a batch."""
+        self._come_to(index)
         return self._arguments[batch][index]
 
     def run(self, index: int, batch: int) -> Float[Tensor, "batch *place d"]:
         """Block `index` on the present hidden states of a batch; the stream itself does not move."""
-        args, kwargs = self._arguments[batch][index]
+        args, kwargs = self.arguments(index, batch)
+        self._last = index
         with torch.no_grad(), self.text_positions(batch):
             output = self.anatomy.block(index)(self.hidden[batch], *args, **kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
@@ -191,6 +259,12 @@ class BlockStream:
         return total / count
 
 
+def _body(model: Any) -> nn.Module:
+    """The model without its head, if that is a part which takes the model's inputs."""
+    base: nn.Module = model.base_model
+    return base if model.main_input_name in inspect.signature(base.forward).parameters else model
+
+
 def run_until(model: nn.Module, batches: list[Batch], path: str, tokens: int) -> None:
     """Run a model on its first `tokens` tokens for the sake of hooks on the module at `path`, whose own work is left
     out: it hands on its input."""
@@ -208,10 +282,46 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     dtype: Any = model.dtype
     inputs: dict[str, Any] = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-        for name, tensor in batch.items()
+        for name, tensor in complete(model, batch).items()
         if name in known and name != "labels"
     }
-    return {**inputs, "use_cache": False} if "use_cache" in known else inputs
+    main = getattr(model, "main_input_name", None)
+    if not inputs or not inputs.keys() & {main or next(iter(inputs)), "inputs_embeds", "encoder_outputs"}:
+        raise CalibrationError(
+            f"{type(model).__name__} reads {main!r}, and a batch of the data has {sorted(batch)}. "
+            "Give data of its kind: texts with a tokenizer, images with an image processor as processing_class."
+        )
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    caches = "use_cache" in known or (hands_on and hasattr(text_config(model), "use_cache"))
+    return {**inputs, "use_cache": False} if caches else inputs
+
+
+def complete(model: Any, batch: Batch) -> Batch:
+    """A batch with inputs for the decoder of an encoder-decoder: its labels, or else its text, one token later."""
+    config, known = model.config, inspect.signature(model.forward).parameters
+    if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
+        return batch
+    if "decoder_input_ids" not in known:
+        return batch  # the encoder alone, under a head
+    ids, mask = batch.get("labels"), None
+    if ids is not None and (ids.dim() != 2 or ids.is_floating_point()):
+        ids = None  # of classes
+    if ids is not None:
+        mask = ids != -100
+    else:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None:
+        raise CalibrationError(
+            f"{type(model).__name__} needs inputs for its decoder, and a batch has only {sorted(batch)}. Let the "
+            "data_collator add `labels` or `decoder_input_ids`."
+        )
+    start, pad = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None) or 0
+    first = torch.full_like(ids[:, :1], pad if start is None else start)
+    shifted = torch.cat((first, ids[:, :-1]), dim=1)
+    found = {**batch, "decoder_input_ids": shifted.masked_fill(shifted == -100, pad)}
+    if mask is not None:
+        found["decoder_attention_mask"] = torch.cat((torch.ones_like(mask[:, :1]), mask[:, :-1]), dim=1)
+    return found
 
 
 def next_token_labels(batch: Batch) -> Tensor | None:
@@ -232,6 +342,15 @@ def only_these_train(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) 
     finally:
         for parameter, want in wanted.items():
             parameter.requires_grad_(want)
+
+
+def warn_unreached(paths: list[str]) -> None:
+    """Say that matrices are compressed by their weights alone."""
+    warnings.warn(
+        f"the calibration data never run through {', '.join(paths)}: their weights alone decide. Give data for every "
+        "part of the model, or name them in modules_to_not_convert.",
+        stacklevel=2,
+    )
 
 
 def require_finite(hidden: Tensor, what: str) -> Tensor:
@@ -273,6 +392,8 @@ def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
     for batch in batches:
         first = max(batch.values(), key=len)
         length = first.shape[1] if first.dim() > 1 else 1
+        if first.dim() > 2:  # an image
+            length = max(first[0].numel() // IMAGE_POSITION, 1)
         rows = min(len(first), max(-(-tokens // length), 1))
         taken.append(_rows(batch, slice(0, rows)))
         tokens -= rows * length

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,19 +18,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy
+from ..anatomy import ModelAnatomy, resolve_anatomy, unreached
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
-from ..errors import CalibrationError, ConfigurationError, NumericalError, UnsupportedModelError
+from ..errors import CalibrationError, ConfigurationError
 from ..layout import UNFINISHED, layout_of
+from .activations import folder_of_activations
+from .checks import require_dense, require_finite_weights
 from .distributed import Processes, several_processes
 from .inputs import Inputs, is_hub_id
 from .order import check_order, continues
+from .placement import require_whole
 from .registry import create_method, method_class
 from .report import CompressionReport, ModuleReport
 from .residency import Residency
-from .resume import ResumePoint, model_checksum
+from .resume import ResumePoint, model_checksum, quick_checksum
 from .session import Method, Session
 from .walk import walk
 from .weights import count_weights
@@ -77,30 +78,69 @@ def compress(
         NumericalError: non-finite weights or activations, or a factorisation that failed; names the module.
         ResumeError: a working directory of another run.
     """
+    directory = None if working_directory is None else Path(working_directory)
+    with Processes.of_launcher() as processes:
+        start = processes.together(lambda: _checked(model, config, calibration, directory, keep_activations))
+        if processes.size > 1:
+            processes.agree(
+                {
+                    "the recipe": json.dumps(start.recipe.to_dict(), sort_keys=True),
+                    "the weights": quick_checksum(start.anatomy),
+                    "the folders": str((directory, activations_on_disk)),
+                }
+            )
+        inputs = Inputs(processing_class, load_arguments or {}, str(getattr(model.config, "name_or_path", "") or ""))
+        _compress(model, start, inputs, _Places(directory, keep_activations), activations_on_disk, processes)
+    return model
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A compression that may begin. `residency` is for a model that is offloaded."""
+
+    recipe: CompressionConfig
+    goes_on: bool
+    anatomy: ModelAnatomy
+    methods: list[Method[Any, Any]]
+    sources: list[CalibrationConfig | None]
+    residency: Residency | None
+
+
+def _checked(
+    model: PreTrainedModel, config: Any, calibration: Any, directory: Path | None, keep_activations: bool
+) -> _Start:
     recipe = CompressionConfig.wrap(config)
     goes_on = continues(recipe, layout_of(model))
-    _require_dense(model, goes_on)
+    require_dense(model, goes_on)
+    require_whole(model)
     anatomy, methods, sources = prepare(model, recipe, calibration)
-    _require_finite_weights(model)
-    residency = _residency(anatomy, methods, working_directory)
-    directory = None if working_directory is None else Path(working_directory)
+    require_finite_weights(model)
+    residency = _residency(anatomy, methods, directory)
     if keep_activations and directory is None:
         raise ConfigurationError("keep_activations=True keeps them in a working_directory; name one.")
     if keep_activations and several_processes():
         raise ConfigurationError("keep_activations=True is for one process: of several each has a part of them.")
-    base = str(getattr(model.config, "name_or_path", "") or "")
-    before = count_weights(anatomy)
+    return _Start(recipe, goes_on, anatomy, methods, sources, residency)
+
+
+def _compress(
+    model: PreTrainedModel,
+    start: _Start,
+    inputs: Inputs,
+    places: _Places,
+    activations_on_disk: bool,
+    processes: Processes,
+) -> None:
+    before = count_weights(start.anatomy)
     attached = {name: model.__dict__.get(name) for name in ("hf_quantizer", "compression_report")}
     layout = layout_of(model)
-    earlier = _reopen(model, recipe) if goes_on else []
-
-    inputs = Inputs(processing_class, load_arguments or {}, base)
+    earlier = _reopen(model, start.recipe) if start.goes_on else []
 
     def untouched() -> bool:
         """After a failure: give a model that is as it was its quantizer and report back."""
         if layout_of(model) != layout:
             return False
-        if attached["hf_quantizer"] is not None and goes_on:
+        if attached["hf_quantizer"] is not None and start.goes_on:
             attached["hf_quantizer"].attach(model)
             model.compression_report = attached["compression_report"]
         return True
@@ -109,17 +149,15 @@ def compress(
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        Processes.of_launcher() as processes,
         _interruptible(model, untouched),
-        _taken_over(residency),
-        _folder_of_activations(directory, processes) if activations_on_disk else nullcontext() as activations,
+        _taken_over(start.residency),
+        folder_of_activations(places.resume, processes) if activations_on_disk else nullcontext() as activations,
     ):
-        places = _Places(directory, keep_activations, activations)
-        report, provenance = _run(model, recipe, sources, inputs, places, residency, before, processes)
-        for method in methods:
+        places = replace(places, activations=activations)
+        report, provenance = _run(model, start, inputs, places, before, processes)
+        for method in start.methods:
             method.finish()
-    attach_result(model, {"stages": [*earlier, *recipe.to_dict()["stages"]]}, report, provenance)
-    return model
+    attach_result(model, {"stages": [*earlier, *start.recipe.to_dict()["stages"]]}, report, provenance)
 
 
 def _reopen(model: PreTrainedModel, recipe: CompressionConfig) -> list[dict[str, Any]]:
@@ -188,28 +226,26 @@ class _Places:
 
     resume: Path | None
     keep_activations: bool
-    activations: Path | None
+    activations: Path | None = None
 
 
 def _run(
     model: PreTrainedModel,
-    recipe: CompressionConfig,
-    sources: list[CalibrationConfig | None],
+    start: _Start,
     inputs: Inputs,
     places: _Places,
-    residency: Residency | None,
     before: tuple[int, int, int],
     processes: Processes,
 ) -> tuple[CompressionReport, dict[str, Any]]:
-    directory = places.resume
+    directory, residency = places.resume, start.residency
     checksum = None if directory is None else processes.once(lambda: model_checksum(model, residency))
     if residency is not None and directory is None:
         directory = residency.folder()
     rows: list[ModuleReport] = []
     notes: dict[str, Any] = {}
-    left_alone: list[str] = []
+    left_alone = unreached(resolve_anatomy(model))
     provenance = describe_run(inputs.base, model)
-    for position, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True)):
+    for position, (stage, source) in enumerate(zip(start.recipe.stages, start.sources, strict=True)):
         # The stage before has changed the structure: a method looks at the model as it is now.
         anatomy = resolve_anatomy(model)
         if position:
@@ -261,26 +297,6 @@ def _require_in_sight(directory: Path | None) -> None:
             f"the working directory {str(directory.parent)!r} is not seen by every process. The model is offloaded, "
             "and its compressed blocks lie there: name a folder that all machines share."
         )
-
-
-@contextmanager
-def _folder_of_activations(directory: Path | None, processes: Processes) -> Iterator[Path]:
-    """Of this process; gone at the end. What a killed run has left goes at the start."""
-    if directory is None:
-        with tempfile.TemporaryDirectory(prefix="hf_compress-") as temporary:
-            yield Path(temporary)
-        return
-    folder = directory / f"activations-{processes.rank}"
-
-    def clear() -> None:
-        for left in directory.glob("activations-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    processes.once(clear)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
@@ -336,31 +352,6 @@ def _calibration_for(stage: MethodConfig, recipe: CompressionConfig, override: A
     return stage.calibration or recipe.calibration
 
 
-def _require_dense(model: PreTrainedModel, goes_on: bool) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"expected a Transformers model (PreTrainedModel), got {type(model).__name__}. "
-            "Compress before wrapping: first compress(model), then PEFT, DDP or compile."
-        )
-    if UNFINISHED in model.__dict__:
-        raise ConfigurationError(
-            "an earlier compression of this model was interrupted or failed, and some of its blocks are compressed. "
-            "Load the dense model again; with the same working_directory the run goes on where it stopped."
-        )
-    if layout_of(model) and not goes_on:
-        raise ConfigurationError(
-            "the model is compressed already, and a second compression on top of the first is not supported. "
-            "Compress the dense original with the recipe that you want."
-        )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and type(quantizer).__module__.split(".")[0] != __name__.split(".")[0]:
-        method = quantizer.quantization_config.quant_method
-        raise ConfigurationError(
-            f"the model is quantized with {getattr(method, 'value', method)}; its weights are not plain matrices. "
-            "Load the original in float32 or bfloat16 and compress that."
-        )
-
-
 def _residency(
     anatomy: ModelAnatomy, methods: list[Method[Any, Any]], working_directory: str | Path | None
 ) -> Residency | None:
@@ -399,9 +390,3 @@ def _taken_over(residency: Residency | None) -> Iterator[None]:
         yield
     finally:
         residency.give_back()
-
-
-def _require_finite_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
-            raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")

@@ -14,12 +14,14 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from torch import Tensor
 
 from .. import errors
-from ..errors import CompressionError
+from ..errors import CompressionError, ConfigurationError
 
 # Where torchrun and the MPI launchers say how many processes there are.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # What one process does while the others wait, such as a search, may take hours; the usual limit is minutes.
 PATIENCE = timedelta(days=30)
+# Until all processes have begun: one that has gone another way, or has failed, never will.
+MEETING = timedelta(minutes=10)
 
 Found = TypeVar("Found")
 
@@ -29,10 +31,22 @@ def several_processes() -> bool:
     return torch.distributed.is_initialized() or int(get_int_from_env(WORLD_SIZES, 1)) > 1
 
 
+def processes_here() -> int:
+    """How many processes a launcher has started on this machine."""
+    return int(get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1))
+
+
 def process_state() -> PartialState:
     """Accelerate's view of this process, set up where it was not yet."""
     # As the launcher asks for it: without, a process on CPUs takes itself for the only one.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def process_device() -> torch.device:
+    """The accelerator of this process, else the CPU."""
+    device = process_state().device
+    # Accelerate numbers CPUs; device maps and hooks know one.
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 class Processes:
@@ -53,16 +67,29 @@ class Processes:
     @classmethod
     @contextmanager
     def of_launcher(cls) -> Iterator[Processes]:
-        """Those that a launcher has started, for the time of the context."""
+        """Those that a launcher has started, for the time of the context.
+
+        Raises:
+            ConfigurationError: not all of them came here.
+        """
         state = process_state() if several_processes() else None
         if state is None or state.num_processes == 1:
             yield cls()
             return
+        try:
+            meeting = torch.distributed.new_group(backend="gloo", timeout=MEETING)
+            torch.distributed.barrier(group=meeting)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"{state.num_processes} processes were started, and not all of them are here. Every process has to "
+                "call it: not under `is_main_process` or `main_process_first()`, and none may have failed before."
+            ) from error
         group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield cls(state.process_index, state.num_processes, group)
         finally:
             torch.distributed.destroy_process_group(group)
+            torch.distributed.destroy_process_group(meeting)
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +112,21 @@ class Processes:
             if not fine:
                 raise _raised_by(rank, *found)
         return [found for _, found in gathered]
+
+    def together(self, work: Callable[[], Found]) -> Found:
+        """What `work` returns here. Every process calls it, and an exception of one is raised on all."""
+        found: list[Found] = []
+        self.each(lambda: found.append(work()))
+        return found[0]
+
+    def agree(self, what: dict[str, str]) -> None:
+        """Raise `ConfigurationError` where processes differ in one of these."""
+        others = self.each(lambda: what)
+        differing = sorted(name for name in what if any(other.get(name) != what[name] for other in others))
+        if differing:
+            raise ConfigurationError(
+                f"the processes differ in {', '.join(differing)}. All have to make the same call, on the same model."
+            )
 
     def once(self, work: Callable[[], Found]) -> Found:
         """What `work` returns on the main process, which alone calls it."""

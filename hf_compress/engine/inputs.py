@@ -20,7 +20,7 @@ class Inputs:
     """Where calibration data come from.
 
     Args:
-        processing_class: tokenizer or image processor; `None`: loaded from `base` where texts need it.
+        processing_class: tokenizer or image processor; `None`: loaded from `base` where the data need it.
         load_arguments: of `from_pretrained`, for that load.
         base: name or path of the model.
     """
@@ -37,8 +37,9 @@ class Inputs:
             return None
         assert source is not None
         processing_class = self.processing_class
-        if processing_class is None and _reads_texts(source):
-            processing_class = _load_processing_class(self.base, self.load_arguments)
+        if processing_class is None and _needs_processing(source):
+            images = model.main_input_name == "pixel_values"
+            processing_class = _load_processing_class(self.base, self.load_arguments, images)
         config = text_config(model)
         data = load_calibration_data(
             source,
@@ -53,22 +54,28 @@ class Inputs:
         return data
 
 
-def _reads_texts(source: CalibrationConfig) -> bool:
+def _needs_processing(source: CalibrationConfig) -> bool:
     if source.kind == "mixture":
-        return any(_reads_texts(part) for part in source.dataset)
+        return any(_needs_processing(part) for part in source.dataset)
     return source.data_collator is None and source.kind != "tokens"
 
 
-def _load_processing_class(base: str, load_arguments: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
+def _load_processing_class(base: str, load_arguments: dict[str, Any], images: bool) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
 
+    kind: Any = AutoImageProcessor if images else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(base, **load_arguments)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(base, **load_arguments)
+    except (OSError, ValueError, ImportError) as error:
+        needed = "images need an image processor" if images else "texts need a tokenizer"
+        remedy = (
+            "Pass processing_class=image_processor to compress(), or a data_collator that makes `pixel_values`."
+            if images
+            else "Pass processing_class=tokenizer to compress(), or calibrate on token ids."
+        )
         raise CalibrationError(
-            "the calibration texts need a tokenizer and none could be loaded from "
-            f"{base or 'a model without a name'!r} ({error}). "
-            "Pass processing_class=tokenizer to compress(), or calibrate on token ids."
+            f"the calibration {needed} and none could be loaded from {base or 'a model without a name'!r} ({error}). "
+            f"{remedy}"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from ..calibration.configuration import CalibrationConfig
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of, replay
+from .costs import StageCosts, count_costs
 from .memory import StagePeak, Workload
 from .order import check_order
 from .registry import create_method, method_class
 from .rehearsal import rehearse
+from .scaling import Hardware, PaperPlan, on_paper
 from .session import OUTSIDE
 from .weights import count_weights, kept_weights, stored_bytes
 
@@ -67,7 +69,8 @@ class CompressionPlan:
         streamed_memory_at_least: the same with the hidden states of the calibration data in files.
         seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
         workload: how much it is calibrated on.
-        peak_for: the peak memory for another workload.
+        peak_for, streamed_for: the peak memory for another workload, with the whole model and block by block.
+        count: the operations and bytes of the stages.
     """
 
     rows: tuple[PlannedModule, ...]
@@ -84,6 +87,8 @@ class CompressionPlan:
     seconds: float | None
     workload: Workload
     peak_for: Callable[[Workload], int] = field(repr=False, compare=False)
+    streamed_for: Callable[[Workload], int] | None = field(repr=False, compare=False)
+    count: Callable[[], Sequence[StageCosts]] = field(repr=False, compare=False)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -97,16 +102,31 @@ class CompressionPlan:
         """Bits on disk for every parameter of the dense model."""
         return 8 * self.bytes_on_disk / self.parameters_before
 
-    def require_memory(self, available: int | None = None) -> None:
-        """Raise `ConfigurationError` where the run takes more than `available` bytes, by default what this machine has
-        free now; the message says what would fit."""
-        free = psutil.virtual_memory().available if available is None else available
+    def require_memory(self, available: int | None = None, processes: int = 1) -> None:
+        """Raise `ConfigurationError` where each of some processes takes more than its share of `available` bytes, by
+        default what this machine has free now; the message says what would fit."""
+        free = (psutil.virtual_memory().available if available is None else available) // processes
         if self.peak_memory <= free:
             return
         raise ConfigurationError(
             f"the compression takes {self.peak_memory / 2**30:.2f} GiB at its peak, and {free / 2**30:.2f} GiB are "
             f"free: {self._what_fits(free)}"
         )
+
+    def on_paper(self, devices: Sequence[int] = (1, 8, 64), hardware: Hardware | str = "h100") -> PaperPlan:
+        """Time, memory and network traffic on several accelerators, without having any: counts of operations and bytes
+        divided by rates, which are assumptions and are printed.
+
+        Args:
+            devices: numbers of devices, one process each.
+            hardware: what a device does in a second: `Hardware`, a name in `engine.scaling.HARDWARE`, or `"this"` to
+                measure this machine's CPU.
+
+        Raises:
+            ConfigurationError: an unknown name, no devices, or a method whose work cannot be told from shapes.
+        """
+        hardware = Hardware.named(hardware) if isinstance(hardware, str) else hardware
+        return on_paper(self.count(), self.workload, hardware, devices, self.peak_for, self.streamed_for)
 
     def _what_fits(self, free: int) -> str:
         for workload in self.workload.smaller():
@@ -189,7 +209,7 @@ def plan(
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
-        UnsupportedModelError: a family without an anatomy record, or no decoder-only language model.
+        UnsupportedModelError: a family without an anatomy record, or that the recipe's method cannot compress.
         ConfigurationError: a recipe that the model cannot meet.
     """
     recipe = CompressionConfig.wrap(config)
@@ -217,6 +237,9 @@ def plan(
     def peak_for(workload: Workload) -> int:
         return max(before[2], *(peak.whole(workload) for peak in peaks))
 
+    def streamed_for(workload: Workload) -> int:
+        return max(peak.streamed(workload, in_files=False) for peak in peaks)
+
     return CompressionPlan(
         rows=tuple(_rows(resolve_anatomy(dense), skeleton)),
         block_linear_before=before[0],
@@ -227,11 +250,13 @@ def plan(
         bytes_on_disk=after[2],
         bytes_at_most=after[2] + slack,
         peak_memory=peak_for(workload),
-        streamed_memory=max(peak.streamed(workload, in_files=False) for peak in peaks) if streams else None,
+        streamed_memory=streamed_for(workload) if streams else None,
         streamed_memory_at_least=max(peak.streamed(workload, in_files=True) for peak in peaks) if streams else None,
         seconds=seconds,
         workload=workload,
         peak_for=peak_for,
+        streamed_for=streamed_for if streams else None,
+        count=lambda: count_costs(_meta_copy(dense), recipe, workload),
     )
 
 

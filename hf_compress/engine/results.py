@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..layout import build_module, layout_entry
-from .distributed import Processes
+from .distributed import Processes, process_device
 from .report import ModuleReport
 from .session import BlockResult
 
@@ -83,7 +82,7 @@ def exchange(
                 tensors = packed[key][1]
             else:
                 tensors = {
-                    name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else PartialState().device)
+                    name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else process_device())
                     for name, (shape, dtype, device) in kinds.items()
                 }
             for name in kinds:

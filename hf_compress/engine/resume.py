@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..anatomy import ModelAnatomy
 from ..errors import CheckpointError, ResumeError
 from .residency import Residency
 from .results import pack_result, unpack_result
@@ -33,6 +34,20 @@ def model_checksum(model: nn.Module, residency: Residency | None = None) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(raw)
+    return digest.hexdigest()
+
+
+def quick_checksum(anatomy: ModelAnatomy) -> str:
+    """SHA-256 over names, shapes, dtypes and the first numbers of what lies in the blocks and in memory: enough to
+    tell models of different origin apart. Outside them, a head may be fresh and random."""
+    digest = hashlib.sha256()
+    lists = tuple(f"{path}." for path in anatomy.block_paths)
+    for name, tensor in anatomy.model.state_dict().items():
+        if name.startswith(lists):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if not tensor.is_meta:
+                raw: Any = tensor.detach().flatten()[:16].cpu().contiguous().view(torch.uint8).numpy()
+                digest.update(raw)
     return digest.hexdigest()
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import ConfigurationError
 from ..output import check_output, check_working_directory, whole_folder
 from ..sizes import parse_bytes
 from .compress import compress, prepare
-from .distributed import Processes, process_state, several_processes
+from .distributed import Processes, process_device, several_processes
 from .plan import CompressionPlan, plan, skeleton_of
 from .report import CompressionReport
 
@@ -72,47 +72,83 @@ def compress_checkpoint(
             is too small; the message has the number that it would take.
         UnsupportedModelError, CalibrationError, NumericalError, ResumeError: as for `compress`.
     """
-    recipe = CompressionConfig.wrap(config)
     target = Path(out).resolve()
-    check_output(target)
-    check_working_directory(working_directory, target)
-    if keep_activations and working_directory is None:
+    asked = _Asked(model, target, calibration, working_directory, max_memory, keep_activations, dtype, load_arguments)
+    with Processes.of_launcher() as processes:
+        start = processes.together(lambda: _checked(asked, config))
+        # What is in memory already may differ, and what is done then has to be the same.
+        taken = max(processes.each(lambda: int(psutil.Process().memory_info().rss)))
+        on_disk = processes.together(lambda: _spills(asked, start, taken))
+        device = torch.device(device) if device is not None else default_device()
+        with _work_folder(working_directory, target, processes) as work:
+            offload = work / f"offload-{processes.rank}"
+            loaded = processes.together(lambda: _load_offloaded(asked, start, torch.device(device), offload))
+            compress(
+                loaded,
+                start.recipe,
+                processing_class=processing_class,
+                calibration=calibration,
+                working_directory=work,
+                load_arguments=load_arguments,
+                activations_on_disk=on_disk,
+                keep_activations=keep_activations,
+            )
+            processes.once(lambda: _write(loaded, processing_class, target))
+            report: CompressionReport = loaded.compression_report
+    return report
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Arguments of `compress_checkpoint`."""
+
+    model: str | Path
+    target: Path
+    calibration: Any
+    working_directory: str | Path | None
+    max_memory: int | float | str | None
+    keep_activations: bool
+    dtype: str | torch.dtype
+    load_arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Start:
+    recipe: CompressionConfig
+    anatomy: ModelAnatomy
+    planned: CompressionPlan | None
+
+
+def _checked(asked: _Asked, config: Any) -> _Start:
+    recipe = CompressionConfig.wrap(config)
+    check_output(asked.target)
+    check_working_directory(asked.working_directory, asked.target)
+    if asked.keep_activations and asked.working_directory is None:
         raise ConfigurationError("keep_activations=True keeps them in a working_directory; name one.")
-    skeleton = skeleton_of(model, dtype, load_arguments)
-    anatomy, methods, _ = prepare(skeleton, recipe, calibration)
+    skeleton = skeleton_of(asked.model, asked.dtype, asked.load_arguments)
+    anatomy, methods, _ = prepare(skeleton, recipe, asked.calibration)
     for method in methods:
         if method.needs_whole_model is not None:
             raise ConfigurationError(
                 f"{type(method.config).__name__} {method.needs_whole_model}, which cannot be done block by block. "
                 "Load the model whole and use compress()."
             )
-    on_disk = False
-    if max_memory is not None:
-        planned = plan(skeleton, recipe, calibration=calibration, measure_time=False)
-        on_disk = _must_spill(planned, _limit(max_memory))
-        if on_disk and keep_activations:
-            raise ConfigurationError(
-                "keep_activations=True writes hidden states from memory, and they do not fit into max_memory. Leave "
-                "it out: a run that goes on computes them again."
-            )
-    device = torch.device(device) if device is not None else default_device()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with Processes.of_launcher() as processes, _work_folder(working_directory, target, processes) as work:
-        offload = work / f"offload-{processes.rank}"
-        loaded = _load_offloaded(type(skeleton), model, anatomy, device, dtype, offload, load_arguments)
-        compress(
-            loaded,
-            recipe,
-            processing_class=processing_class,
-            calibration=calibration,
-            working_directory=work,
-            load_arguments=load_arguments,
-            activations_on_disk=on_disk,
-            keep_activations=keep_activations,
+    planned = None
+    if asked.max_memory is not None:
+        planned = plan(skeleton, recipe, calibration=asked.calibration, measure_time=False)
+    asked.target.parent.mkdir(parents=True, exist_ok=True)
+    return _Start(recipe, anatomy, planned)
+
+
+def _spills(asked: _Asked, start: _Start, taken: int) -> bool:
+    """Whether hidden states have to lie in files."""
+    on_disk = start.planned is not None and _must_spill(start.planned, _limit(asked.max_memory), taken)
+    if on_disk and asked.keep_activations:
+        raise ConfigurationError(
+            "keep_activations=True writes hidden states from memory, and they do not fit into max_memory. Leave "
+            "it out: a run that goes on computes them again."
         )
-        processes.once(lambda: _write(loaded, processing_class, target))
-        report: CompressionReport = loaded.compression_report
-    return report
+    return on_disk
 
 
 @contextmanager
@@ -121,7 +157,13 @@ def _work_folder(given: str | Path | None, target: Path, processes: Processes) -
     if given is not None:
         yield Path(given)
         return
-    made = Path(processes.once(lambda: tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-")))
+    made = target.with_name(f".{target.name}.work")
+
+    def begin() -> None:
+        shutil.rmtree(made, ignore_errors=True)  # what a killed run has left
+        made.mkdir()
+
+    processes.once(begin)
     try:
         yield made
         processes.wait()
@@ -151,22 +193,15 @@ def _limit(max_memory: Any) -> int:
 def default_device() -> torch.device:
     """The accelerator of this process, or the first of this machine, else its CPU."""
     if several_processes():
-        return torch.device(process_state().device)
+        return process_device()
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
 
 
-def _load_offloaded(
-    kind: type[PreTrainedModel],
-    model: str | Path,
-    anatomy: ModelAnatomy,
-    device: torch.device,
-    dtype: str | torch.dtype,
-    folder: Path,
-    load_arguments: dict[str, Any],
-) -> PreTrainedModel:
+def _load_offloaded(asked: _Asked, start: _Start, device: torch.device, folder: Path) -> PreTrainedModel:
     """The model with everything but its blocks on a device, and the blocks in the checkpoint's files."""
-    device_map = blocks_on_disk(anatomy, str(device))
+    device_map = blocks_on_disk(start.anatomy, str(device))
+    kind = type(start.anatomy.model)
     # It says that parameters are offloaded, which is what was asked for.
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
@@ -174,7 +209,7 @@ def _load_offloaded(
     try:
         # The folder is for weights that the files hold in another form than the model.
         loaded: PreTrainedModel = kind.from_pretrained(
-            model, dtype=dtype, device_map=device_map, offload_folder=folder, **load_arguments
+            asked.model, dtype=asked.dtype, device_map=device_map, offload_folder=folder, **asked.load_arguments
         )
     finally:
         logger.setLevel(level)
@@ -197,10 +232,13 @@ def blocks_on_disk(anatomy: ModelAnatomy, device: str) -> dict[str, str]:
     return placed
 
 
-def _must_spill(planned: CompressionPlan, limit: int) -> bool:
-    """Whether activations have to lie in files; refuses a limit that even then is too small."""
+def _must_spill(planned: CompressionPlan, limit: int, taken: int) -> bool:
+    """Whether activations have to lie in files; refuses a limit that even then is too small.
+
+    Args:
+        taken: what the program has in memory before anything is loaded.
+    """
     assert planned.streamed_memory is not None and planned.streamed_memory_at_least is not None
-    taken = psutil.Process().memory_info().rss
     if planned.streamed_memory + taken <= limit:
         return False
     least = planned.streamed_memory_at_least + taken

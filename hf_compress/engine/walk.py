@@ -100,10 +100,19 @@ class _Walk:
             own[block] = result
 
         self.processes.once(work)
-        result = exchange(self.processes, own, self.anatomy.model)[block]()
-        if not self.works:
-            _install(self.session, result)
-        self._keep(block, result)
+        made = exchange(self.processes, own, self.anatomy.model)[block]
+        self._keep(block, made() if self.processes.size == 1 else self._received(made))
+
+    def _received(self, made: Callable[[], BlockResult]) -> BlockResult:
+        """A result of the main process, in place on the others as well."""
+
+        def work() -> BlockResult:
+            result = made()
+            if not self.works:
+                _install(self.session, result)
+            return result
+
+        return self.processes.together(work)
 
     def _collected(self, block: int, stream: BlockStream, dense_outputs: Activations | None) -> Any:
         """The statistics of a block over the data of this process."""
@@ -143,20 +152,30 @@ class _Walk:
                             own[block, number] = task()
 
         self.processes.each(work)
-        pieces = exchange(self.processes, own, self.anatomy.model)
         for block in waiting:
+            # One block after the other: nobody holds the results of all.
+            pieces = exchange(
+                self.processes, {key: own.pop(key) for key in list(own) if key[0] == block}, self.anatomy.model
+            )
             with self._in_memory(block, present):
-                result = merged(pieces[key]() for key in sorted(pieces) if key[0] == block)
-                _install(self.session, result)
-                self._keep(block, result)
+                self._keep(block, self._placed(lambda: merged(pieces[key]() for key in sorted(pieces))))  # noqa: B023
+
+    def _placed(self, made: Callable[[], BlockResult]) -> BlockResult:
+        """A result, in the place of what it replaces on every process."""
+
+        def work() -> BlockResult:
+            result = made()
+            _install(self.session, result)
+            return result
+
+        return self.processes.together(work)
 
     def _in_memory(self, block: int, present: int) -> AbstractContextManager[None]:
         return nullcontext() if block == present else self.session.resident(block)
 
     def _load(self, block: int) -> None:
         """Put the result of an earlier run in place."""
-        result = self._kept(block)
-        _install(self.session, result)
+        result = self._placed(self._kept(block))
         whole = {} if self.session.residency is None else self.session.residency.whole(block)
 
         def complete() -> None:
@@ -167,10 +186,10 @@ class _Walk:
         self._moved(block)
         self._report(block, result)
 
-    def _kept(self, place: int) -> BlockResult:
+    def _kept(self, place: int) -> Callable[[], BlockResult]:
         own: dict[int, BlockResult] = {}
         self.processes.once(lambda: own.update({place: self.resume.load(place, self.anatomy.model)}))
-        return exchange(self.processes, own, self.anatomy.model)[place]()
+        return exchange(self.processes, own, self.anatomy.model)[place]
 
     def _keep(self, block: int, result: BlockResult) -> None:
         residency = self.session.residency
@@ -191,16 +210,16 @@ class _Walk:
     def _compress_outside(self) -> bool:
         """Whether there is anything outside the blocks that is compressed now."""
         if OUTSIDE in self.finished:
-            result: BlockResult | None = self._kept(OUTSIDE)
+            made: Callable[[], BlockResult] | None = self._kept(OUTSIDE)
         else:
-            result = self._made_outside()
-        if result is None:
+            made = self._made_outside()
+        if made is None:
             return False
-        _install(self.session, result)
+        result = self._placed(made)
         self._report(OUTSIDE, result)
         return bool(result.rows)
 
-    def _made_outside(self) -> BlockResult | None:
+    def _made_outside(self) -> Callable[[], BlockResult] | None:
         own: dict[int, BlockResult] = {}
 
         def work() -> None:
@@ -210,8 +229,7 @@ class _Walk:
                 self.resume.keep(OUTSIDE, result)
 
         self.processes.once(work)
-        found = exchange(self.processes, own, self.anatomy.model)
-        return found[OUTSIDE]() if found else None
+        return exchange(self.processes, own, self.anatomy.model).get(OUTSIDE)
 
 
 def added_up(
@@ -245,7 +263,8 @@ def added_up(
 def _take_up(resume: ResumePoint, unfinished: int, stream: BlockStream, dense: BlockStream | None) -> int:
     """Move the streams to where an interrupted run had kept them; the block that they are at the entrance of then."""
     kept = resume.activations()
-    if kept is None or kept[0] > unfinished:
+    # Where there are several stacks, what the earlier ones put out is needed too: they run again.
+    if kept is None or kept[0] > unfinished or len(stream.anatomy.stacks) > 1:
         return 0
     for name, moved in (("stream", stream), ("dense", dense)):
         for batch in range(0 if moved is None else len(moved)):

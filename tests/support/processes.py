@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,11 @@ def _member(rank: int, size: int, port: int, queue: Any, work: Callable[..., Any
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def compress_models(tasks: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """`compress_model` on each: processes take longer to start than to do it."""
+    return {name: compress_model(*arguments) for name, arguments in tasks.items()}
 
 
 def compress_model(family: str, stages: list[dict[str, Any]], dtype: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -163,3 +169,59 @@ def compress_files(checkpoint: str, out: str, work: str | None, stages: list[dic
 
 def folder_names(folder: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def compress_differently(what: str) -> str:
+    """A call in which one process differs from the other."""
+    from datetime import timedelta
+
+    from conftest import calibration, make_model
+
+    import hf_compress
+    from hf_compress.engine import distributed
+
+    distributed.MEETING = timedelta(seconds=8)
+    distributed.process_state()  # as an Accelerator does
+    main = os.environ["RANK"] == "0"
+    model = make_model("llama", seed=int(what == "weights" and main))
+    if what == "damaged" and not main:
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    reduction = 0.35 if what == "recipe" and main else 0.25
+    if what == "main alone" and not main:
+        time.sleep(12)  # it is there, and busy with something else
+        return "not called"
+    config = hf_compress.ModularDecompositionConfig(reduction=reduction, kinds=["mlp"], calibration=calibration())
+    hf_compress.compress(model, config)
+    return "no error"
+
+
+def stream_where_memory_differs(checkpoint: str, out: str) -> str:
+    """`compress_checkpoint` with a limit that one process alone would keep with hidden states in memory."""
+    from conftest import calibration, recipe
+
+    import hf_compress
+    from hf_compress.engine import compress, streaming
+
+    def must_spill(planned: Any, limit: int, taken: int) -> bool:
+        spilled.append(taken)
+        return taken >= 2**40
+
+    spilled: list[int] = []
+    streaming._must_spill = must_spill
+    memory = 2**40 if os.environ["RANK"] == "1" else 2**20
+    streaming.psutil = _Fake(Process=lambda: _Fake(memory_info=lambda: _Fake(rss=memory)))  # type: ignore[assignment]
+    folder, opened = compress.folder_of_activations, []
+
+    def counted(*arguments: Any) -> Any:
+        opened.append(1)
+        return folder(*arguments)
+
+    compress.folder_of_activations = counted
+    options: dict[str, Any] = {"max_memory": "100GB", "device": "cpu", "calibration": calibration()}
+    hf_compress.compress_checkpoint(checkpoint, out, recipe(kinds=["mlp"]), **options)
+    return f"{spilled == [2**40]} {len(opened)}"
+
+
+class _Fake:
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)

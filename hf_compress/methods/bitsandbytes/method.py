@@ -15,7 +15,7 @@ from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
-from ...layout import ResizedLinear
+from ...resized import ResizedLinear
 from .configuration import BitsAndBytesStage
 
 
@@ -26,7 +26,7 @@ class BitsAndBytes(Method[BitsAndBytesStage, None]):
     config_class = BitsAndBytesStage
     needs_calibration = False
     needs_whole_model = "makes tensors that bitsandbytes has to place itself"
-    continues = ("linear", "attention")
+    continues = ("linear", "conv1d", "attention")
     leaves = ("bnb_linear4bit", "bnb_linear8bit")
 
     def __init__(self, config: BitsAndBytesStage, anatomy: ModelAnatomy) -> None:

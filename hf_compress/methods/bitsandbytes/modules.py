@@ -11,7 +11,8 @@ from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params
 from torch import Tensor, nn
 
 from ...checked import is_number, short
-from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
+from ...layout import register_module_type
+from ...resized import resized, shape_spec, stood_on, widened
 
 # Weights that share a scale, and scales that share one of theirs.
 BLOCK, NESTED_BLOCK = 64, 256
@@ -32,7 +33,7 @@ class _Packed:
 
     packs_weight: ClassVar[bool] = True
     _is_hf_initialized: ClassVar[bool] = True
-    resized: bool = False
+    resized: int = 0
     in_features: int
     out_features: int
 
@@ -51,7 +52,7 @@ class _Packed:
         """What is not quantized of the layer in whose place this one stands."""
         if dense.bias is not None:
             self.bias = nn.Parameter(dense.bias.detach().clone())
-        self.resized = isinstance(dense, ResizedLinear)
+        self.resized = resized(dense)
         self.train(dense.training)  # type: ignore[attr-defined]
 
     @staticmethod
@@ -63,7 +64,7 @@ class _Packed:
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         bias = self.bias
         state = {"weight": self.matrix()}  # type: ignore[attr-defined]
-        return widened(state if bias is None else {**state, "bias": bias.detach()}, dense)
+        return widened(state if bias is None else {**state, "bias": bias.detach()}, dense, self.resized or 1)
 
 
 @register_module_type
@@ -136,7 +137,7 @@ class BnbLinear4bit(_Packed, Linear4bit):  # type: ignore[misc]
         compute = None if rest["compute_dtype"] is None else _float_dtype(rest["compute_dtype"])
         _float_dtype(rest["dtype"])
         layer = cls._empty(dense, rest["quant_type"], rest["double"], compute)
-        layer.resized, layer.loaded_spec = isinstance(dense, ResizedLinear), rest
+        layer.resized, layer.loaded_spec = resized(dense), rest
         device, count = dense.weight.device, dense.weight.numel()
         blocks = -(-count // BLOCK)
         packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device=device)
@@ -260,7 +261,7 @@ class BnbLinear8bit(_Packed, Linear8bitLt):  # type: ignore[misc]
         if not is_number(rest["threshold"]) or rest["threshold"] < 0:
             raise ValueError(f"`threshold` must be a finite number and not negative, got {short(rest['threshold'])}")
         layer = cls._empty(dense, float(rest["threshold"]))
-        layer.resized = isinstance(dense, ResizedLinear)
+        layer.resized = resized(dense)
         device = dense.weight.device
         flat = torch.empty(dense.weight.numel(), dtype=torch.int8, device=device)
         layer.weight = nn.Parameter(flat, requires_grad=False)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...anatomy import ModelAnatomy, dense_rows, weight_count
-from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions
+from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions, warn_unreached
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.results import merged
@@ -46,7 +46,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     """k-means start, assignment with error feedback, then codebooks, scales and codes learned together."""
 
     config_class = CodebookConfig
-    continues = ("linear", "attention", *LayerSharing.leaves)
+    continues = ("linear", "conv1d", "attention", *LayerSharing.leaves)
     quick_weights = 2**20
     leaves = tuple(
         layer.layout_type for layer in (CodebookLinear, CodebookSharedLinear, CodebookConv2d, CodebookEmbedding)
@@ -181,7 +181,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     ) -> BlockResult:
         gram = drift = None
         if statistics is not None:
-            gram = statistics.grams[parts[0].path]
+            gram = statistics.grams.get(parts[0].path)
+            if gram is None:  # such as cross attention without an encoder
+                warn_unreached([part.path for part in parts])
             drift = statistics.drift if parts[0].path == statistics.drift_path else None
         result = BlockResult({}, [])
         # Of its own: the pieces may be worked on by several processes.
@@ -202,7 +204,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         groups: dict[Any, list[Part]] = {}
         for part in self.parts[block]:
             alone = statistics is None or part.path == statistics.drift_path
-            key = part.path if alone or statistics is None else id(statistics.grams[part.path])
+            key = part.path if alone or statistics is None else id(statistics.grams.get(part.path, part))
             groups.setdefault((key, part.bits), []).append(part)
         return list(groups.values())
 

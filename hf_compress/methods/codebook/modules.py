@@ -13,7 +13,8 @@ from ...anatomy import dense_rows
 from ...checked import is_path, short
 from ...errors import CompressionError
 from ...kernels import codebook as kernel
-from ...layout import ResizedLinear, register_module_type, stood_on, widened
+from ...layout import register_module_type, require_gathered
+from ...resized import resized, stood_on, widened
 from ..sharing.modules import SharedLinear
 from .coded import Coded
 from .weight import FORMAT_TENSORS, CodebookFormat, PackedWeight
@@ -30,7 +31,7 @@ def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, d
     if known is None:
         raise ValueError(f"replaces a {type(dense).__name__}, expected one of {_names()}")
     layer = _LAYERS[known].in_place_of(dense, format, dense.weight.device if device is None else device)
-    layer.resized = isinstance(dense, ResizedLinear)
+    layer.resized = resized(dense)
     if coded is not None:
         layer.fill(coded)
         beside = {name: own for name, own in layer.named_parameters() if name not in FORMAT_TENSORS}
@@ -106,7 +107,11 @@ class CodebookLinear(PackedWeight, nn.Linear):
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
-        return widened({"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}, dense)
+        return widened(
+            {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias},
+            dense,
+            self.resized or 1,
+        )
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, column_group={self.format.column_group}"
@@ -319,6 +324,7 @@ class CodebookTiedLinear(nn.Linear):
         self.__dict__["source"] = source
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        require_gathered(self.source, self.source_path)
         matrix = self.source.as_matrix()
         if any(isinstance(part, Tensor) and part.is_meta for part in matrix):
             raise CompressionError(

@@ -16,7 +16,8 @@ from ...kernels import codebook as kernel
 from ...kernels.matrix import CodebookMatrix, check_matrix
 from ...kernels.packing import pack_codes, words_per_row
 from ...kernels.ternary import pack_ternary, ternary_bytes, unpack_ternary
-from ...layout import checked_size, shape_spec
+from ...layout import checked_size
+from ...resized import shape_spec
 from .coded import Coded, integer_steps
 from .configuration import BITS, TERNARY
 
@@ -104,7 +105,7 @@ class PackedWeight(nn.Module):
     _is_hf_initialized: ClassVar[bool] = True
     format: CodebookFormat
     #: Whether it stands for a layer that was smaller than the dense model's.
-    resized: bool = False
+    resized: int = 0
     columns: int
     codebooks: Tensor
     scales: Tensor

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any, TypeAlias
 
-from ...anatomy import ModelAnatomy
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy import ModelAnatomy, dense_rows, join
 from ...engine.report import ModuleReport
-from ...engine.session import BlockResult, weights_of
+from ...engine.session import BlockResult
 from ...errors import NumericalError
-from ...layout import ResizedLinear
+from ...resized import ResizedConv1D, ResizedLinear
 from . import mathematics
 from .configuration import Kind, ModularDecompositionConfig
+from .heads import INPUTS, Heads, Role
 from .modules import DecomposedAttention
 from .statistics import BlockStatistics
+
+# Weight and bias of every role.
+Parts: TypeAlias = dict[Role, tuple[Tensor, Tensor | None]]
 
 # How much of the residual stream's drift a block makes up for in sequential order. All of it asks for more than a
 # block can give and hurts on text that was not calibrated on.
@@ -72,25 +80,26 @@ def _compress_mlp(
 ) -> None:
     get = anatomy.model.get_submodule
     down_path = anatomy.mlp_path(block, "down")
-    down, down_bias = weights_of(_linear(get(down_path)))
+    down, down_bias = _matrix(get(down_path))
     solutions = statistics.solutions
     if solutions is None:
         solutions = statistics.solutions = _solve_mlp(config, statistics, down)
     kept, refitted = solutions.keep(width)
-    error = float(solutions.errors[width])
-    new = {down_path: ResizedLinear.from_tensors(refitted.T.to(down), down_bias)}
+    new = {down_path: _resized(get(down_path), refitted.T.to(down), down_bias)}
     before = down.numel()
-    for role in ("up", "gate") if anatomy.mlp.gate else ("up",):
+    # The halves of a fused gate and up lose the same channels.
+    rows = torch.cat((kept, kept + down.shape[1])) if anatomy.mlp.fused else kept
+    for role in anatomy.mlp.roles[:-1]:
         path = anatomy.mlp_path(block, role)
-        weight, bias = weights_of(_linear(get(path)))
-        rows = kept.to(weight.device)
-        new[path] = ResizedLinear.from_tensors(weight[rows], None if bias is None else bias[rows])
+        weight, bias = _matrix(get(path))
+        own = rows.to(weight.device)
+        small = weight[own], None if bias is None else bias[own]
+        new[path] = _resized(get(path), *small, groups=2 if anatomy.mlp.fused else 1)
         before += weight.numel()
     result.modules.update(new)
     after = sum(module.weight.numel() for module in new.values())
-    result.rows.append(
-        ModuleReport(block, down_path.rpartition(".")[0], "mlp", down.shape[1], width, before, after, error)
-    )
+    place, error = join(anatomy.block_paths[block], anatomy.mlp.path), float(solutions.errors[width])
+    result.rows.append(ModuleReport(block, place, "mlp", down.shape[1], width, before, after, error))
 
 
 def _solve_mlp(
@@ -119,36 +128,44 @@ def _compress_attention(
     statistics: BlockStatistics,
     result: BlockResult,
 ) -> None:
-    record, path = anatomy.attention, anatomy.attention_path(block)
-    dense = anatomy.model.get_submodule(path)
-    head_dim = int(dense.head_dim)
+    path, heads = anatomy.attention_path(block), Heads.of_block(anatomy, block)
+    dense, head_dim = anatomy.model.get_submodule(path), heads.head_dim
     query_key_dim = sizes.get("query_key", head_dim)
     value_dim = sizes.get("value_output", head_dim)
-    folds_bias = value_dim < head_dim and _linear(getattr(dense, record.value)).bias is not None
-    new = DecomposedAttention(dense, record, query_key_dim, value_dim, output_bias=folds_bias)
-    tensors: dict[str, Tensor] = {}
-    if "query_key" not in sizes:
-        tensors |= _copied(dense, record.query, record.key)
-    else:
-        error = _reduce_query_key(dense, new, statistics, tensors)
-        result.rows.append(_row(block, path, "query_key", head_dim, query_key_dim, dense, new, error))
-    if "value_output" not in sizes:
-        tensors |= _copied(dense, record.value, record.output)
-    else:
-        error = _reduce_value_output(config, dense, new, statistics, tensors)
-        result.rows.append(_row(block, path, "value_output", head_dim, value_dim, dense, new, error))
-    own = dict(new.named_parameters()) | dict(new.named_buffers())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    new = DecomposedAttention(
+        dense, anatomy.attention, query_key_dim, value_dim, output_bias=heads.folds_value_bias(value_dim < head_dim)
+    )
+    parts: Parts = {role: heads.weights(role) for role in (*INPUTS, "output")}
+    others: dict[str, Tensor] = {}
+    errors: dict[Kind, float] = {}
+    if "query_key" in sizes:
+        errors["query_key"] = _reduce_query_key(dense, heads, new, statistics, parts, others)
+    if "value_output" in sizes:
+        errors["value_output"] = _reduce_value_output(config, heads, value_dim, statistics, parts)
+    new.fill(parts, others)
     new.train(dense.training)
     result.modules[path] = new
+    if anatomy.attention.output_outside and "value_output" in sizes:
+        weight, bias = parts["output"]
+        reference = dense_rows(heads.projections["output"])
+        result.modules[anatomy.attention_path(block, "output")] = ResizedLinear.from_tensors(
+            weight.to(reference), None if bias is None else bias.to(reference), heads.num_heads
+        )
+    for kind, error in errors.items():
+        size = query_key_dim if kind == "query_key" else value_dim
+        weights = heads.weight_count(kind), heads.weight_count(kind, size)
+        result.rows.append(ModuleReport(block, path, kind, head_dim, size, *weights, error))
 
 
 def _reduce_query_key(
-    dense: nn.Module, new: DecomposedAttention, statistics: BlockStatistics, tensors: dict[str, Tensor]
+    dense: nn.Module,
+    heads: Heads,
+    new: DecomposedAttention,
+    statistics: BlockStatistics,
+    parts: Parts,
+    others: dict[str, Tensor],
 ) -> float:
-    """Fill in the tensors of the smaller query and key; returns the lost share of the logits' energy."""
+    """Replace query and key by the smaller ones; returns the lost share of the logits' energy."""
     record, head_dim, rank = new.record, new.head_dim, new.query_key_dim
     query_gram, key_gram = statistics.query, statistics.key
     assert query_gram is not None and key_gram is not None
@@ -159,30 +176,27 @@ def _reduce_query_key(
         first, second = mathematics.query_key_svd(query_gram, centred, rank)
         identity = torch.eye(head_dim, dtype=first.dtype, device=first.device)
         lost = _logit_energy(query_gram, centred, identity - first @ second.mT)
-        for name, basis in ((record.query, first), (record.key, second)):
-            _transform_rows(_linear(getattr(dense, name)), basis, new, name, tensors)
+        parts["query"] = _transformed(*parts["query"], first)
+        parts["key"] = _transformed(*parts["key"], second)
         return lost / max(_logit_energy(query_gram, centred, identity), 1e-300)
 
     if rank == head_dim:
-        tensors |= _copied(dense, record.query, record.key)
         return 0.0
     query_energy, key_energy = (gram.diagonal(dim1=-2, dim2=-1) for gram in (query_gram, key_gram))
     scores = mathematics.rotary_pair_scores(query_energy, key_energy)
     pairs = mathematics.top_indices(scores, rank // 2)
     dims = mathematics.rotary_pairs_to_dims(pairs, head_dim)
-    tensors["rotary_pairs"] = pairs
-    for name in (record.query, record.key):
-        weight, bias = weights_of(_linear(getattr(dense, name)))
-        heads = weight.shape[0] // head_dim
-        index = dims.repeat_interleave(heads // len(dims), dim=0).to(weight.device)
-        rows = (index + head_dim * torch.arange(heads, device=weight.device)[:, None]).reshape(-1)
-        tensors[f"{name}.weight"] = weight[rows]
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias[rows]
+    others["rotary_pairs"] = pairs
+    for role in ("query", "key"):
+        weight, bias = parts[role]
+        count = heads.count(role)
+        index = dims.repeat_interleave(count // len(dims), dim=0).to(weight.device)
+        rows = (index + head_dim * torch.arange(count, device=weight.device)[:, None]).reshape(-1)
+        parts[role] = weight[rows], None if bias is None else bias[rows]
     for norm, energy in ((record.query_norm, query_energy), (record.key_norm, key_energy)):
         if norm is not None:
             weight = getattr(dense, norm).weight.detach().to(energy) + record.norm_offset
-            tensors[f"{norm}.weight"] = _norm_weight(weight, energy, dims)
+            others[f"{norm}.weight"] = _norm_weight(weight, energy, dims)
     kept = scores.gather(-1, pairs).sum()
     return float(1 - kept / scores.sum()) if scores.sum() > 0 else 0.0
 
@@ -200,40 +214,27 @@ def _norm_weight(weight: Tensor, energy: Tensor, dims: Tensor) -> Tensor:
 
 
 def _reduce_value_output(
-    config: ModularDecompositionConfig,
-    dense: nn.Module,
-    new: DecomposedAttention,
-    statistics: BlockStatistics,
-    tensors: dict[str, Tensor],
+    config: ModularDecompositionConfig, heads: Heads, rank: int, statistics: BlockStatistics, parts: Parts
 ) -> float:
-    """Fill in the tensors of the smaller value and output; returns the relative error of the heads' outputs."""
-    record, head_dim, rank = new.record, new.head_dim, new.value_dim
-    gram = statistics.value
+    """Replace value and output by the smaller ones; returns the relative error of the heads' outputs."""
+    gram, head_dim, groups = statistics.value, heads.head_dim, heads.groups
     assert gram is not None
-    value, value_bias = weights_of(_linear(getattr(dense, record.value)))
-    output, output_bias = weights_of(_linear(getattr(dense, record.output)))
-    groups = new.num_key_value_groups
+    (value, value_bias), (output, output_bias) = parts["value"], parts["output"]
     # (kv_heads, d, group · d_model): the outputs of a group's query heads side by side.
-    blocks = output.T.to(gram).reshape(new.num_key_value_heads, groups, head_dim, -1)
+    blocks = output.T.to(gram).reshape(heads.num_key_value_heads, groups, head_dim, -1)
     outputs = blocks.permute(0, 2, 1, 3).flatten(start_dim=2)
     if config.value_output == "joint":
         encode, decode = mathematics.value_output_joint(gram, outputs, rank)
     else:
         encode, decode = mathematics.value_output_per_head(gram, rank)
-    per_head = value.to(gram).reshape(new.num_key_value_heads, head_dim, -1)
-    tensors[f"{record.value}.weight"] = (encode.mT @ per_head).flatten(end_dim=1)
+    weight, bias = _transformed(value, value_bias, encode)
     small = (decode[:, None] @ blocks).flatten(end_dim=2)
-    tensors[f"{record.output}.weight"] = small.T
-    if value_bias is not None and rank == head_dim:
-        tensors[f"{record.value}.bias"] = (encode.mT @ value_bias.to(gram).reshape(-1, head_dim, 1)).flatten()
-        value_bias = None
-    if value_bias is not None:
+    if value_bias is not None and rank < head_dim:
         # Attention weights of a token sum to one, so a constant added to all values reaches the output unchanged.
         per_query_head = value_bias.to(gram).reshape(-1, 1, head_dim).expand(-1, groups, -1).reshape(-1)
         folded = output.to(gram) @ per_query_head
-        tensors[f"{record.output}.bias"] = folded if output_bias is None else folded + output_bias.to(gram)
-    elif output_bias is not None:
-        tensors[f"{record.output}.bias"] = output_bias
+        bias, output_bias = None, folded if output_bias is None else folded + output_bias.to(gram)
+    parts["value"], parts["output"] = (weight, bias), (small.T, output_bias)
     lost = outputs - encode @ decode @ outputs
     energy = float((outputs * (gram @ outputs)).sum())
     return float((lost * (gram @ lost)).sum()) / energy if energy > 0 else 0.0
@@ -244,39 +245,25 @@ def _logit_energy(query_gram: Tensor, key_gram: Tensor, middle: Tensor) -> float
     return float((middle.mT @ query_gram @ middle @ key_gram).diagonal(dim1=-2, dim2=-1).sum())
 
 
-def _transform_rows(
-    projection: nn.Linear, basis: Tensor, new: DecomposedAttention, name: str, tensors: dict[str, Tensor]
-) -> None:
+def _transformed(
+    weight: Float[Tensor, "rows columns"], bias: Float[Tensor, " rows"] | None, basis: Float[Tensor, "kv_heads d rank"]
+) -> tuple[Float[Tensor, "new_rows columns"], Float[Tensor, " new_rows"] | None]:
     """`q' = q · basis` with one basis a key/value head, as new weights and bias of the projection."""
-    weight, bias = weights_of(projection)
-    heads = weight.shape[0] // new.head_dim
+    heads = weight.shape[0] // basis.shape[1]
     rotation = basis.mT.repeat_interleave(heads // len(basis), dim=0)
-    tensors[f"{name}.weight"] = (rotation @ weight.to(basis).reshape(heads, new.head_dim, -1)).flatten(end_dim=1)
-    if bias is not None:
-        tensors[f"{name}.bias"] = (rotation @ bias.to(basis).reshape(heads, new.head_dim, 1)).flatten()
+    turned = (rotation @ weight.to(basis).reshape(heads, basis.shape[1], -1)).flatten(end_dim=1)
+    if bias is None:
+        return turned, None
+    return turned, (rotation @ bias.to(basis).reshape(heads, basis.shape[1], 1)).flatten()
 
 
-def _copied(dense: nn.Module, *names: str) -> dict[str, Tensor]:
-    """The tensors of projections that stay as they are."""
-    return {f"{name}.{key}": tensor for name in names for key, tensor in getattr(dense, name).state_dict().items()}
+def _matrix(module: Any) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " rows"] | None]:
+    """Weight, a row an output, and bias without gradients."""
+    return dense_rows(module), None if module.bias is None else module.bias.detach()
 
 
-def _row(
-    block: int,
-    path: str,
-    kind: Kind,
-    before: int,
-    after: int,
-    dense: nn.Module,
-    new: DecomposedAttention,
-    error: float,
-) -> ModuleReport:
-    record = new.record
-    names = (record.query, record.key) if kind == "query_key" else (record.value, record.output)
-    count = [sum(getattr(module, name).weight.numel() for name in names) for module in (dense, new)]
-    return ModuleReport(block, path, kind, before, after, count[0], count[1], error)
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
+def _resized(dense: nn.Module, weight: Tensor, bias: Tensor | None, groups: int = 1) -> ResizedLinear | ResizedConv1D:
+    """A layer with another weight (rows, columns) in place of a dense one."""
+    if isinstance(dense, Conv1D):
+        return ResizedConv1D.from_tensors(weight, bias)
+    return ResizedLinear.from_tensors(weight, bias, groups)

@@ -20,8 +20,9 @@ class ModularDecompositionConfig(MethodConfig):
         reduction (`float` or `dict[str, float]`): share of the blocks' weight matrices to remove, in [0, 1); 0 changes
             nothing. A dictionary gives every kind its own share of that kind's matrices, `{"mlp": 0.25}`.
         kinds (`"auto"` or `list[str]`, defaults to `"auto"`): the kinds of modules that give: `"mlp"`, `"query_key"`,
-            `"value_output"`. `"auto"` measures on held-out calibration sequences what each costs and divides the
-            reduction accordingly; a list gives all its kinds the same share of a block (the paper).
+            `"value_output"`. `"auto"` measures on held-out calibration data what each costs and divides the
+            reduction accordingly: in loss a token, or, of an encoder, in the relative error of its final hidden
+            states. A list gives all its kinds the same share of a block (the paper).
         allocation (`"block_influence"`, `"uniform"` or `"search"`): how the reduction is spread over the blocks.
             `"search"` starts from block influence and improves it on held-out calibration sequences.
         temperature (`float` or `"auto"`, defaults to 0.05): ε of the allocation; a lower one concentrates the

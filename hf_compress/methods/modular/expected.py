@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ...anatomy import ModelAnatomy
-from ...layout import ResizedLinear
+from ...anatomy import ModelAnatomy, dense_rows
+from ...resized import ResizedConv1D, ResizedLinear
 from .configuration import Kind
+from .heads import Heads
 from .modules import DecomposedAttention
 from .sizes import Geometry, Sizes
 
@@ -24,29 +25,41 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
     for block, own in enumerate(sizes):
         reduced = {kind: size for kind, size in own.items() if size < dense[block, kind]}
         if reduced.keys() - {"mlp"}:
-            entries.append(_attention_entry(anatomy, block, reduced))
-        if "mlp" in reduced:
-            for role in ("up", "gate", "down") if anatomy.mlp.gate else ("up", "down"):
-                path = anatomy.mlp_path(block, role)
-                linear = get(path)
-                shape = {"in_features": linear.in_features, "out_features": linear.out_features}
-                shape["in_features" if role == "down" else "out_features"] = reduced["mlp"]
-                entries.append({"path": path, "type": ResizedLinear.layout_type, "spec": shape})
+            entries += _attention_entries(anatomy, block, reduced)
+        for role in anatomy.mlp.roles if "mlp" in reduced else ():
+            path = anatomy.mlp_path(block, role)
+            layer = get(path)
+            outputs, inputs = dense_rows(layer).shape
+            shape = {"in_features": inputs, "out_features": outputs}
+            if role == "down":
+                shape["in_features"] = reduced["mlp"]
+            else:
+                shape["out_features"] = reduced["mlp"] * (2 if anatomy.mlp.fused else 1)
+                shape |= {"groups": 2} if anatomy.mlp.fused else {}
+            kind = ResizedConv1D if isinstance(layer, Conv1D) else ResizedLinear
+            entries.append({"path": path, "type": kind.layout_type, "spec": shape})
     return entries
 
 
-def _attention_entry(anatomy: ModelAnatomy, block: int, reduced: dict[Kind, int]) -> dict[str, Any]:
-    path = anatomy.attention_path(block)
-    attention = anatomy.model.get_submodule(path)
-    head_dim = int(attention.head_dim)
-    value_dim = reduced.get("value_output", head_dim)
-    value: Any = anatomy.model.get_submodule(anatomy.attention_path(block, "value"))
+def _attention_entries(anatomy: ModelAnatomy, block: int, reduced: dict[Kind, int]) -> list[dict[str, Any]]:
+    heads = Heads.of_block(anatomy, block)
+    value_dim = reduced.get("value_output", heads.head_dim)
     spec = {
-        "query_key_dim": reduced.get("query_key", head_dim),
+        "query_key_dim": reduced.get("query_key", heads.head_dim),
         "value_dim": value_dim,
-        "output_bias": value_dim < head_dim and value.bias is not None,
+        "output_bias": heads.folds_value_bias(value_dim < heads.head_dim),
     }
-    return {"path": path, "type": DecomposedAttention.layout_type, "spec": spec}
+    entries = [{"path": anatomy.attention_path(block), "type": DecomposedAttention.layout_type, "spec": spec}]
+    if anatomy.attention.output_outside and value_dim < heads.head_dim:
+        shape = {
+            "in_features": heads.num_heads * value_dim,
+            "out_features": len(dense_rows(heads.projections["output"])),
+        }
+        # As the layer writes it: without a field that says nothing.
+        shape |= {"groups": heads.num_heads} if heads.num_heads > 1 else {}
+        path = anatomy.attention_path(block, "output")
+        entries.append({"path": path, "type": ResizedLinear.layout_type, "spec": shape})
+    return entries
 
 
 def attention_extras(anatomy: ModelAnatomy, kinds: list[Kind]) -> int:
@@ -55,10 +68,10 @@ def attention_extras(anatomy: ModelAnatomy, kinds: list[Kind]) -> int:
         return 0
     total = 0
     for block in range(len(anatomy)):
-        key, output = (anatomy.model.get_submodule(anatomy.attention_path(block, r)) for r in ("key", "output"))
-        assert isinstance(key, nn.Linear) and isinstance(output, nn.Linear)
-        width = key.weight.element_size()
-        total += key.out_features // 2 * INDEX_BYTES + output.out_features * width
+        heads = Heads.of_block(anatomy, block)
+        output: Any = heads.projections["output"]
+        width, key_size = output.weight.element_size(), heads.num_key_value_heads * heads.head_dim
+        total += key_size // 2 * INDEX_BYTES + len(dense_rows(output)) * width
         norms = (anatomy.attention.query_norm, anatomy.attention.key_norm)
-        total += sum(name is not None for name in norms) * key.out_features * width
+        total += sum(name is not None for name in norms) * key_size * width
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ...anatomy import ModelAnatomy, require_decoder, text_config
+from ...anatomy import ModelAnatomy, require_parts, text_config
 from ...calibration.statistics import cosine_distances
 from ...engine.blocks import real_tokens, take_tokens
 from ...engine.registry import register_method
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
-from ...layout import ResizedLinear
+from ...resized import ResizedConv1D, ResizedLinear
 from .compress import compress_block
 from .configuration import KINDS, Kind, ModularDecompositionConfig
 from .expected import attention_extras, layout_for_sizes
@@ -25,7 +26,7 @@ from .modules import DecomposedAttention
 from .search import improve
 from .sizes import Geometry, Sizes, allocate, divide_between_kinds, kind_reductions
 from .statistics import BlockStatistics, collect_statistics
-from .trial import trial_losses
+from .trial import shown, trial_losses
 
 # Tokens of the dense pass that measures the blocks' influence: it settles long before the Grams do.
 INFLUENCE_TOKENS = 8192
@@ -34,6 +35,8 @@ GROWTH_EXPONENTS = (1.3, 1.6, 2.0)
 # A held-out loss within this of the best, in nats a token, is as good: then the division is taken that leaves more of
 # the attention dense. Decomposed attention saves little time a generated token; smaller MLPs save what they give.
 WORTH = 0.01
+# The same for the relative error of an encoder's hidden states: within this share of the least.
+WORTH_SHARE = 0.05
 # The last one spreads the reduction almost evenly.
 TEMPERATURES = (0.02, 0.035, 0.05, 0.08, 0.15, 1.0)
 
@@ -43,12 +46,12 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
     """Nyström for MLPs, CR or SVD for query/key, SVD for value/output, sizes by block influence."""
 
     config_class = ModularDecompositionConfig
-    leaves = (ResizedLinear.layout_type, DecomposedAttention.layout_type)
+    leaves = (ResizedLinear.layout_type, ResizedConv1D.layout_type, DecomposedAttention.layout_type)
     spreads = True
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
-        require_decoder(anatomy, "modular decomposition")
+        require_parts(anatomy, "modular decomposition")
         self.sequential = config.is_sequential
         self.geometry = Geometry.of(anatomy, config)
         self.sizes: Sizes = self.geometry.dense()
@@ -77,8 +80,29 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
                 f"portable=True needs one MLP width in all {len(self.anatomy)} blocks and all of them compressible; "
                 f"found widths {sorted(widths)} in {blocks} blocks. Leave `portable` out."
             )
-        if not hasattr(text_config(self.anatomy.model), field):
-            raise ConfigurationError(f"portable=True: the model's config has no field {field!r} for the MLP width.")
+        config = text_config(self.anatomy.model)
+        if field is None or not hasattr(config, field):
+            raise ConfigurationError(
+                f"portable=True needs a field for the MLP width in the model's config, which {type(config).__name__} "
+                "does not have. Leave `portable` out."
+            )
+        outside = self._other_users_of(field, 2 * max(widths))
+        if outside:
+            raise ConfigurationError(
+                f"portable=True changes {field!r} of the model's config, which is also the width of {outside[0]!r}, "
+                "outside the blocks: the result could not be loaded. Leave `portable` out."
+            )
+
+    def _other_users_of(self, field: str, width: int) -> list[str]:
+        """Parameters outside the blocks whose shapes change with the field of the config."""
+        model: Any = self.anatomy.model
+        config = copy.deepcopy(model.config)
+        setattr(config.get_text_config(decoder=True), field, width)
+        with torch.device("meta"):
+            wider = type(model)(config).state_dict()
+        lists = tuple(f"{path}." for path in self.anatomy.block_paths)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(lists)}
+        return [name for name, shape in shapes.items() if name in wider and wider[name].shape != shape]
 
     def expect(self) -> Expectation:
         geometry, config = self.geometry, self.config
@@ -150,10 +174,11 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         candidates = [allocate(self.geometry, {kind: probe}, influence, config, temperature) for kind in kinds]
         losses = trial_losses(session, config, [self.geometry.dense(), *candidates])
         dense, alone = losses[0], dict(zip(kinds, losses[1:], strict=True))
+        name = shown(self.anatomy, dense)[0]
         session.notes["probe"] = {
             "reduction_of_each_kind_alone": probe,
-            "dense_perplexity": round(math.exp(dense), 3),
-            **{kind: round(math.exp(loss), 3) for kind, loss in alone.items()},
+            f"dense_{name}": shown(self.anatomy, dense)[1],
+            **{kind: shown(self.anatomy, loss)[1] for kind, loss in alone.items()},
         }
         divisions = [self._simplest_division(config.reduction, alone, dense)] + [
             divide_between_kinds(self.geometry, alone, dense, config.reduction, config.max_module_reduction, exponent)
@@ -162,10 +187,11 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         trials = [allocate(self.geometry, division, influence, config, temperature) for division in divisions]
         losses = trial_losses(session, config, trials)
         session.notes["division_trials"] = [
-            {**{kind: round(share, 4) for kind, share in division.items()}, "perplexity": round(math.exp(loss), 3)}
+            {**{kind: round(share, 4) for kind, share in division.items()}, name: shown(self.anatomy, loss)[1]}
             for division, loss in zip(divisions, losses, strict=True)
         ]
-        good = [division for division, loss in zip(divisions, losses, strict=True) if loss <= min(losses) + WORTH]
+        worth = WORTH if self.anatomy.record.decoder else WORTH_SHARE * min(losses)
+        good = [division for division, loss in zip(divisions, losses, strict=True) if loss <= min(losses) + worth]
         return min(good, key=self._attention_given)
 
     def _simplest_division(self, reduction: float, alone: dict[Kind, float], dense: float) -> dict[Kind, float]:
@@ -185,22 +211,26 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         candidates = [allocate(self.geometry, shares, influence, self.config, t) for t in TEMPERATURES]
         losses = trial_losses(session, self.config, candidates)
         session.notes["temperature_trials"] = {
-            str(t): round(math.exp(loss), 3) for t, loss in zip(TEMPERATURES, losses, strict=True)
+            str(t): shown(self.anatomy, loss)[1] for t, loss in zip(TEMPERATURES, losses, strict=True)
         }
         return TEMPERATURES[losses.index(min(losses))]
 
     def _require_held_out(self, session: Session, option: str, way_out: str) -> None:
-        found = None
-        if self.anatomy.model.get_output_embeddings() is None:
+        by_tokens, found = self.anatomy.record.decoder, None
+        if by_tokens and self.anatomy.model.get_output_embeddings() is None:
             found = f"no head on {type(self.anatomy.model).__name__}"
         elif not session.held_out:
             found = "no held-out sequence"
-        elif any("input_ids" not in batch for batch in session.held_out):
+        elif not by_tokens and len(self.anatomy.stacks) > 1:
+            found = f"more than one stack of blocks in {type(self.anatomy.model).__name__}"
+        elif by_tokens and any("input_ids" not in batch for batch in session.held_out):
             found = "a batch without `input_ids`"
         if found is not None:
+            what = "the language-model loss" if by_tokens else "the error of the hidden states"
+            head = ", load the model with its head" if by_tokens else ""
             raise ConfigurationError(
-                f"{option} measures the language-model loss on held-out calibration sequences, but there is {found}. "
-                f"Give more text and num_held_out of 1 or more, load the model with its head, or {way_out}."
+                f"{option} measures {what} on held-out calibration sequences, but there is {found}. "
+                f"Give more data and num_held_out of 1 or more{head}, or {way_out}."
             )
 
     def _one_width(self, share: float) -> Sizes:
@@ -246,19 +276,21 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         """In portable mode, turn the MLPs into the ones that the model's class builds by itself."""
         if not self.config.portable or not self.needs_calibration:
             return
-        model, field = self.anatomy.model, self.anatomy.mlp.width_field
+        model, mlp = self.anatomy.model, self.anatomy.mlp
+        assert mlp.width_field is not None
         for block in range(len(self.anatomy)):
-            for role in ("up", "gate", "down") if self.anatomy.mlp.gate else ("up", "down"):
+            for role in mlp.roles:
                 path = self.anatomy.mlp_path(block, role)
-                resized = model.get_submodule(path)
-                plain = nn.Linear(resized.in_features, resized.out_features, bias=False, device="meta")
-                plain.weight, plain.bias = resized.weight, resized.bias
+                layer: Any = model.get_submodule(path)
+                with torch.device("meta"):
+                    inputs, outputs = layer.in_features, layer.out_features
+                    plain = Conv1D(outputs, inputs) if isinstance(layer, Conv1D) else nn.Linear(inputs, outputs)
+                plain.weight, plain.bias = layer.weight, layer.bias
                 model.set_submodule(path, plain)
-            width = plain.in_features
             owner = model.get_submodule(path.rpartition(".")[0])
-            if hasattr(owner, field):
-                setattr(owner, field, width)
-        setattr(text_config(model), field, width)
+            if hasattr(owner, mlp.width_field):
+                setattr(owner, mlp.width_field, inputs)
+        setattr(text_config(model), mlp.width_field, inputs)
 
 
 def block_influence(session: Session) -> torch.Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward as grouped_eager_attention
 
-from ...anatomy import AttentionAnatomy, find_record, read_attribute
+from ...anatomy import AttentionAnatomy, dense_rows, find_record, read_attribute
 from ...checked import short
 from ...errors import CompressionError
 from ...layout import checked_size, register_module_type
+from .heads import INPUTS, Heads, Role, turned_share
 
 # Fused attention kernels want equal head sizes in multiples of this.
 KERNEL_MULTIPLE = 8
@@ -59,22 +60,19 @@ class DecomposedAttention(nn.Module):
         self, dense: nn.Module, record: AttentionAnatomy, query_key_dim: int, value_dim: int, output_bias: bool
     ) -> None:
         super().__init__()
-        projections = {
-            role: read_attribute(dense, getattr(record, role)) for role in ("query", "key", "value", "output")
-        }
-        query, key, value, output = projections.values()
+        heads = Heads.of(dense, record)
         self.record = record
         attributes: Any = dense
         self.config: Any = attributes.config
-        self.layer_idx = attributes.layer_idx
-        self.head_dim = int(attributes.head_dim)
-        self.num_heads = query.out_features // self.head_dim
-        self.num_key_value_heads = key.out_features // self.head_dim
-        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.layer_idx = getattr(dense, "layer_idx", None)
+        self.head_dim, self.num_heads = heads.head_dim, heads.num_heads
+        self.num_key_value_heads, self.num_key_value_groups = heads.num_key_value_heads, heads.groups
         self.query_key_dim = query_key_dim
         self.value_dim = value_dim
         self.scaling = read_attribute(dense, record.scaling)
-        self.attention_dropout = read_attribute(dense, record.dropout)
+        self.attention_dropout = float(read_attribute(dense, record.dropout))
+        self.output_dropout = read_attribute(dense, record.output_dropout) if record.output_dropout else 0.0
+        self.output_bias = output_bias
         self.is_causal = getattr(dense, "is_causal", True)
         self.softcap = read_attribute(dense, record.softcap) if record.softcap else None
         self.sliding_window = read_attribute(dense, record.sliding_window) if record.sliding_window else None
@@ -85,26 +83,30 @@ class DecomposedAttention(nn.Module):
         home = sys.modules[type(dense).__module__]
         self.eager: Callable[..., Any] = getattr(home, "eager_attention_forward", grouped_eager_attention)
 
-        options = {"device": query.weight.device, "dtype": query.weight.dtype}
-        hidden, width = query.in_features, self.num_heads * value_dim
+        reference: Any = heads.projections["query"]
+        options = {"device": reference.weight.device, "dtype": reference.weight.dtype}
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             module: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, **options)
             return module
 
-        setattr(self, record.query, linear(hidden, self.num_heads * query_key_dim, query.bias is not None))
-        setattr(self, record.key, linear(hidden, self.num_key_value_heads * query_key_dim, key.bias is not None))
-        keeps_value_bias = value.bias is not None and not output_bias
-        setattr(self, record.value, linear(hidden, self.num_key_value_heads * value_dim, keeps_value_bias))
-        setattr(self, record.output, linear(width, output.out_features, output_bias or output.bias is not None))
+        sizes = self._input_sizes()
+        if record.fused is not None:
+            setattr(self, record.query, linear(heads.hidden, sum(sizes.values()), heads.has_bias("query")))
+        for role, size in sizes.items() if record.fused is None else ():
+            keeps_bias = heads.has_bias(role) and not (role == "value" and output_bias)
+            setattr(self, getattr(record, role), linear(heads.hidden, size, keeps_bias))
+        if not record.output_outside:
+            has_bias = output_bias or heads.has_bias("output")
+            outer = len(dense_rows(heads.projections["output"]))
+            setattr(self, record.output, linear(self.num_heads * value_dim, outer, has_bias))
 
         pairs = None
         if self.uses_rotary and query_key_dim < self.head_dim:
             shape = (self.num_key_value_heads, query_key_dim // 2)
             pairs = torch.zeros(shape, dtype=torch.int32, device=options["device"])
         self.register_buffer("rotary_pairs", pairs)
-        for role in ("query_norm", "key_norm"):
-            name = getattr(record, role)
+        for name in (record.query_norm, record.key_norm):
             if name is None:
                 continue
             if query_key_dim == self.head_dim:
@@ -114,42 +116,51 @@ class DecomposedAttention(nn.Module):
                 epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
                 setattr(self, name, HeadRMSNorm(self.num_key_value_heads, query_key_dim, epsilon, **options))
 
-    def spec(self) -> dict[str, Any]:
-        value, output = getattr(self, self.record.value), getattr(self, self.record.output)
+    def _input_sizes(self) -> dict[Role, int]:
+        """The outputs of query, key and value."""
+        key_heads = self.num_key_value_heads
         return {
-            "query_key_dim": self.query_key_dim,
-            "value_dim": self.value_dim,
-            "output_bias": output.bias is not None and value.bias is None,
+            "query": self.num_heads * self.query_key_dim,
+            "key": key_heads * self.query_key_dim,
+            "value": key_heads * self.value_dim,
         }
+
+    def spec(self) -> dict[str, Any]:
+        return {"query_key_dim": self.query_key_dim, "value_dim": self.value_dim, "output_bias": self.output_bias}
 
     @classmethod
     def from_spec(cls, dense: nn.Module, spec: dict[str, Any]) -> DecomposedAttention:
         family = find_record(getattr(getattr(dense, "config", None), "model_type", ""))
         if family is None or family.attention is None:
             raise ValueError(f"no anatomy record describes the attention {type(dense).__name__}")
-        head_dim = int(read_attribute(dense, "head_dim"))
+        head_dim = int(read_attribute(dense, family.attention.head_dim))
         query_key_dim = checked_size(spec, "query_key_dim", head_dim)
         value_dim = checked_size(spec, "value_dim", head_dim)
         if not isinstance(spec["output_bias"], bool):
             raise ValueError(f"`output_bias` must be true or false, got {short(spec['output_bias'])}")
         if family.attention.rotary is not None and query_key_dim % 2:
             raise ValueError(f"`query_key_dim` must be even under a rotary embedding, got {query_key_dim}")
+        if family.attention.rotary is not None and query_key_dim < head_dim and turned_share(dense.config) < 1:
+            raise ValueError("`query_key_dim` must be that of the dense head where a part of it is rotary")
         return cls(dense, family.attention, query_key_dim, value_dim, spec["output_bias"])
 
     def forward(
         self,
         hidden_states: Float[Tensor, "batch tokens hidden"],
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,  # of the back end's kind: a tensor, or the BlockMask of flex_attention
-        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         record = self.record
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, self.num_key_value_heads)
-        query = getattr(self, record.query)(hidden_states).view(*heads, self.num_key_value_groups, self.query_key_dim)
-        key = getattr(self, record.key)(hidden_states).view(*heads, 1, self.query_key_dim)
-        value = getattr(self, record.value)(hidden_states).view(*heads, self.value_dim)
+        if record.fused is None:
+            query, key, value = (getattr(self, getattr(record, role))(hidden_states) for role in INPUTS)
+        else:
+            query, key, value = getattr(self, record.query)(hidden_states).split([*self._input_sizes().values()], -1)
+        query = query.reshape(*heads, self.num_key_value_groups, self.query_key_dim)
+        key = key.reshape(*heads, 1, self.query_key_dim)
+        value = value.reshape(*heads, self.value_dim)
         if record.query_norm is not None:
             query = getattr(self, record.query_norm)(query)
         if record.key_norm is not None:
@@ -165,16 +176,23 @@ class DecomposedAttention(nn.Module):
         query = query.reshape(batch, tokens, self.num_heads, self.query_key_dim).transpose(1, 2)
         key = key.squeeze(3).transpose(1, 2)
         value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = kwargs.pop(record.cache, None)
+        if cache is not None:
+            # A decoder with cross attention has two.
+            key, value = getattr(cache, "self_attention_cache", cache).update(key, value, self.layer_idx)
         mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
         mixed = mixed.reshape(batch, tokens, self.num_heads * self.value_dim)
-        return getattr(self, record.output)(mixed), weights
+        if record.output_outside:
+            return mixed, weights
+        output = getattr(self, record.output)(mixed)
+        if self.output_dropout:
+            output = nn.functional.dropout(output, self.output_dropout, self.training)
+        return output, weights
 
     def _rotation(self, table: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens heads 1 half"]:
         """The columns of a cosine or sine table for the kept pairs; both halves of the table are equal."""
         if self.rotary_pairs is None:
-            return table[:, :, None, None, : self.head_dim // 2]
+            return table[:, :, None, None, : table.shape[-1] // 2]
         if table.shape[-1] != self.head_dim:
             raise CompressionError(
                 f"the model turns {table.shape[-1]} dimensions of a head, and the layout keeps pairs of "
@@ -239,55 +257,89 @@ class DecomposedAttention(nn.Module):
             NotImplementedError: query/key norms over fewer dimensions have no dense equivalent, nor has an output bias
                 where the dense class has none.
         """
-        record = self.record
-        state: dict[str, Tensor] = {}
-        for role in ("query", "key"):
-            name = getattr(record, role)
-            heads = self.num_heads if role == "query" else self.num_key_value_heads
-            projection = getattr(self, name)
-            index = self._dense_rows(heads, projection.weight.device)
-            state[f"{name}.weight"] = _scatter_rows(projection.weight, index, heads, self.head_dim)
-            if projection.bias is not None:
-                state[f"{name}.bias"] = _scatter_rows(projection.bias[:, None], index, heads, self.head_dim)[:, 0]
-            norm = getattr(record, f"{role}_norm")
+        record, state = self.record, dict[str, Tensor]()
+        heads = Heads.of(dense, record)
+        matrices: dict[Role, Tensor] = {}
+        biases: dict[Role, Tensor | None] = {}
+        for role in INPUTS:
+            weight, bias = self._own(role)
+            size = self.value_dim if role == "value" else self.query_key_dim
+            index = self._dense_rows(heads.count(role), weight.device, role)
+            if bias is None and heads.has_bias(role):
+                bias = weight.new_zeros(len(weight))
+            matrices[role] = _scatter_rows(weight, index, heads.count(role), self.head_dim)
+            biases[role] = (
+                None if bias is None else _scatter_rows(bias[:, None], index, len(index), self.head_dim)[:, 0]
+            )
+            norm = None if role == "value" else getattr(record, f"{role}_norm")
             if norm is not None:
-                if self.query_key_dim < self.head_dim:
+                if size < self.head_dim:
                     raise NotImplementedError(
                         "attention with query/key norms over fewer dimensions has no dense equivalent: a dense norm "
                         "has one weight for all heads. Keep the compressed model, or leave `query_key` out of `kinds`."
                     )
                 state[f"{norm}.weight"] = getattr(self, norm).weight
-        value, output = getattr(self, record.value), getattr(self, record.output)
-        dense_value, dense_output = getattr(dense, record.value), getattr(dense, record.output)
-        if output.bias is not None and dense_output.bias is None:
-            raise NotImplementedError(
-                "the value bias was folded into an output bias, which the dense class does not have. Keep the "
-                "compressed model, or leave `value_output` out of `kinds`."
-            )
-        rows = torch.arange(self.value_dim, device=value.weight.device).expand(self.num_key_value_heads, -1)
-        state[f"{record.value}.weight"] = _scatter_rows(value.weight, rows, self.num_key_value_heads, self.head_dim)
-        columns = torch.arange(self.value_dim, device=output.weight.device).expand(self.num_heads, -1)
-        state[f"{record.output}.weight"] = _scatter_rows(output.weight.T, columns, self.num_heads, self.head_dim).T
-        if dense_value.bias is not None:
-            bias = value.bias if value.bias is not None else value.weight.new_zeros(rows.numel())
-            state[f"{record.value}.bias"] = _scatter_rows(bias[:, None], rows, len(rows), self.head_dim)[:, 0]
-        if output.bias is not None:
-            state[f"{record.output}.bias"] = output.bias
+        if not record.output_outside:
+            output = getattr(self, record.output)
+            if output.bias is not None and not heads.has_bias("output"):
+                raise NotImplementedError(
+                    "the value bias was folded into an output bias, which the dense class does not have. Keep the "
+                    "compressed model, or leave `value_output` out of `kinds`."
+                )
+            columns = torch.arange(self.value_dim, device=output.weight.device).expand(self.num_heads, -1)
+            matrices["output"] = _scatter_rows(output.weight.T, columns, self.num_heads, self.head_dim).T
+            biases["output"] = output.bias
+        state |= heads.state(matrices, biases)
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
-    def _dense_rows(self, heads: int, device: torch.device) -> Int[Tensor, "heads kept"]:
-        """Where the kept query/key dimensions of every head stand in the dense head."""
-        if self.rotary_pairs is None:
-            return torch.arange(self.query_key_dim, device=device).expand(heads, -1)
+    def _own(self, role: Role) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " rows"] | None]:
+        """Weight and bias of query, key or value."""
+        projection = getattr(self, getattr(self.record, role))
+        if self.record.fused is None:
+            return projection.weight, projection.bias
+        sizes, place = [*self._input_sizes().values()], INPUTS.index(role)
+        bias = None if projection.bias is None else projection.bias.split(sizes)[place]
+        return projection.weight.split(sizes)[place], bias
+
+    @torch.no_grad()
+    def fill(
+        self,
+        parts: dict[Role, tuple[Float[Tensor, "rows columns"], Float[Tensor, " rows"] | None]],
+        others: dict[str, Tensor],
+    ) -> None:
+        """Take over weights and biases by role, and other tensors by name."""
+        for role in INPUTS:
+            for own, tensor in zip(self._own(role), parts[role], strict=True):
+                if own is not None:
+                    # The value's part of a fused bias stays where the rest of it has gone into the output's.
+                    own.copy_(tensor) if tensor is not None else own.zero_()
+        if not self.record.output_outside:
+            output = getattr(self, self.record.output)
+            output.weight.copy_(parts["output"][0])
+            if output.bias is not None:
+                output.bias.copy_(parts["output"][1])
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, tensor in others.items():
+            tensors[name].copy_(tensor)
+
+    def _dense_rows(self, heads: int, device: torch.device, role: Role) -> Int[Tensor, "heads kept"]:
+        """Where the kept dimensions of every head stand in the dense head."""
+        if self.rotary_pairs is None or role == "value":
+            return torch.arange(self.value_dim if role == "value" else self.query_key_dim, device=device).expand(
+                heads, -1
+            )
         pairs = self.rotary_pairs.long()
         dims = torch.cat((pairs, pairs + self.head_dim // 2), dim=-1)
         return dims.repeat_interleave(heads // self.num_key_value_heads, dim=0)
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of the half type on (batch, tokens, heads, group, dim), tables of half that width."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    """Rotary embedding of the half type on (batch, tokens, heads, group, dim), tables of half that width, or of less
+    where only the first dimensions turn."""
+    turned = 2 * cosine.shape[-1]
+    first, second = states[..., :turned].chunk(2, dim=-1)
+    parts = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(parts if turned == states.shape[-1] else (*parts, states[..., turned:]), dim=-1)
 
 
 def _pad(states: Tensor, width: int | None) -> Tensor:

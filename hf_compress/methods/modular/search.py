@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -11,7 +10,7 @@ from ...engine.session import Session
 from .allocation import fill_to_cap
 from .configuration import Kind, ModularDecompositionConfig
 from .sizes import Geometry, Sizes, realise_sizes
-from .trial import trial_losses
+from .trial import shown, trial_losses
 
 # Candidates of one walk: they share the dense pass and its statistics.
 POPULATION = 6
@@ -45,11 +44,12 @@ def improve(session: Session, config: ModularDecompositionConfig, geometry: Geom
         else:
             step *= 0.7
         slowest = max(slowest, time.monotonic() - walk_began)
+    (name, before), (_, after) = shown(session.anatomy, first_loss), shown(session.anatomy, best_loss)
     session.notes["search"] = {
         "walks": walks,
         "candidates": walks * POPULATION,
-        "held_out_perplexity_before": round(math.exp(first_loss), 3),
-        "held_out_perplexity_after": round(math.exp(best_loss), 3),
+        f"held_out_{name}_before": before,
+        f"held_out_{name}_after": after,
     }
     return best
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ...anatomy import ModelAnatomy
+from ...anatomy import ModelAnatomy, dense_rows, read_attribute
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
 from .allocation import default_multiple, fill_to_cap, influence_reductions, realise
 from .configuration import KINDS, Kind, ModularDecompositionConfig
+from .heads import Heads, turned_share
 
 WIDTH_MULTIPLE = 32
 HEAD_MULTIPLE = 8
@@ -51,7 +53,6 @@ class Geometry:
     def of(cls, anatomy: ModelAnatomy, config: ModularDecompositionConfig) -> Geometry:
         modules: list[ModuleGeometry] = []
         left_alone: list[str] = []
-        get = anatomy.model.get_submodule
         for name in config.modules_to_not_convert:
             if not any(is_excluded(path, [name]) for path, _ in anatomy.model.named_modules()):
                 raise ConfigurationError(
@@ -61,10 +62,15 @@ class Geometry:
         of_kind: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         for block in range(len(anatomy)):
             for kind in KINDS:
+                # Those that the record names one by one count as well.
+                alone = [path for path, own in anatomy.named_matrices(block) if own == kind]
+                of_kind[kind] += sum(dense_rows(anatomy.model.get_submodule(path)).numel() for path in alone)
                 paths = _matrix_paths(anatomy, block, kind)
                 if not paths:
+                    if alone:
+                        left_alone.append(f"{kind} of block {block}: the family's record has only its single matrices")
                     continue
-                of_kind[kind] += sum(get(path).weight.numel() for path in paths)
+                of_kind[kind] += _weights_of_kind(anatomy, block, kind, paths)
                 part = _module(anatomy, config, block, kind, paths)
                 if isinstance(part, str):
                     left_alone.append(part)
@@ -93,14 +99,18 @@ class Geometry:
 def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
     """The projections of a kind; none if the family's record has no such module."""
     if kind == "mlp":
-        if anatomy.record.mlp is None:
-            return []
-        roles = ("up", "gate", "down") if anatomy.mlp.gate else ("up", "down")
-        return [anatomy.mlp_path(block, role) for role in roles]
+        return [] if anatomy.record.mlp is None else [anatomy.mlp_path(block, role) for role in anatomy.mlp.roles]
     if anatomy.record.attention is None:
         return []
     roles = ("query", "key") if kind == "query_key" else ("value", "output")
-    return [anatomy.attention_path(block, role) for role in roles]
+    return list(dict.fromkeys(anatomy.attention_path(block, role) for role in roles))
+
+
+def _weights_of_kind(anatomy: ModelAnatomy, block: int, kind: Kind, paths: list[str]) -> int:
+    """Weights of a block's matrices of a kind; of a fused one, the part that is of it."""
+    if kind == "mlp":
+        return sum(dense_rows(anatomy.model.get_submodule(path)).numel() for path in paths)
+    return Heads.of_block(anatomy, block).weight_count(kind)
 
 
 def _module(
@@ -108,27 +118,41 @@ def _module(
 ) -> ModuleGeometry | str:
     """A block's module of a kind, or the reason why it cannot give."""
     get = anatomy.model.get_submodule
-    matrices = [get(path) for path in paths]
     excluded = next((path for path in paths if is_excluded(path, config.modules_to_not_convert)), None)
     if excluded is not None:
         return f"{kind} of block {block}: {excluded!r} is in modules_to_not_convert"
-    weights = sum(matrix.weight.numel() for matrix in matrices)
+    weights = _weights_of_kind(anatomy, block, kind, paths)
     if kind == "mlp":
-        size = matrices[0].out_features
+        size = dense_rows(get(paths[-1])).shape[1]
         multiple = default_multiple(size, WIDTH_MULTIPLE, steps=16)
     else:
-        attention = get(anatomy.attention_path(block))
-        size = int(attention.head_dim)
+        reason = _why_left_alone(anatomy, block, kind)
+        if reason is not None:
+            return f"{kind} of block {block}: {reason}"
+        size = Heads.of_block(anatomy, block).head_dim
         multiple = default_multiple(size, HEAD_MULTIPLE, steps=4)
-        rotary = anatomy.attention.rotary and (
-            anatomy.attention.rotary_flag is None or getattr(attention, anatomy.attention.rotary_flag)
-        )
-        if kind == "query_key" and anatomy.attention.query_norm and not rotary:
-            return f"query_key of block {block}: query/key norms without a rotary embedding"
     multiple = config.rank_multiple or multiple
     if kind == "query_key":
         multiple += multiple % 2
     return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))
+
+
+def _why_left_alone(anatomy: ModelAnatomy, block: int, kind: Kind) -> str | None:
+    """What in a block's attention a kind cannot be made smaller with."""
+    record, module = anatomy.attention, anatomy.model.get_submodule(anatomy.attention_path(block))
+    flag = next((name for name in record.left_if if read_attribute(module, name)), None)
+    if flag is not None:
+        return f"attention with {flag!r} set"
+    if kind == "value_output":
+        heads = Heads.of_block(anatomy, block)
+        # It has to go somewhere that has room for it.
+        lost = record.output_outside and heads.has_bias("value") and not heads.has_bias("output")
+        return "a value bias, and no output bias to add it to" if lost else None
+    rotary = record.rotary and (record.rotary_flag is None or read_attribute(module, record.rotary_flag))
+    if not rotary:
+        return "query/key norms without a rotary embedding" if record.query_norm else None
+    config: Any = module.config
+    return "a rotary embedding on a part of every head" if turned_share(config) < 1 else None
 
 
 def kind_reductions(

@@ -14,6 +14,7 @@ from ...anatomy import ModelAnatomy
 from ...calibration.statistics import gram, head_grams
 from ...engine.blocks import real_tokens
 from .configuration import Kind
+from .heads import Heads, Role
 from .mathematics import NystromSolutions
 
 # The fields of `BlockStatistics` that are sums over calibration data.
@@ -72,17 +73,11 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
     statistics = BlockStatistics()
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def projection(path: str) -> nn.Linear:
-        module = anatomy.model.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        return module
-
-    def on_output(path: str, add: Callable[[Tensor], None]) -> None:
-        module = anatomy.model.get_submodule(path)
+    def on_output(module: nn.Module, add: Callable[[Tensor], None]) -> None:
         handles.append(module.register_forward_hook(lambda _module, _inputs, output: add(output.detach())))
 
     if "mlp" in kinds:
-        down = projection(anatomy.mlp_path(block, "down"))
+        down = anatomy.model.get_submodule(anatomy.mlp_path(block, "down"))
         handles.append(
             down.register_forward_pre_hook(
                 lambda _module, inputs: statistics.add_inner(real_tokens(inputs[0].detach()))
@@ -90,11 +85,10 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
         )
     if kinds & {"query_key", "value_output"}:
         record, path = anatomy.attention, anatomy.attention_path(block)
-        head_dim = int(anatomy.model.get_submodule(path).head_dim)
-        key_heads = projection(anatomy.attention_path(block, "key")).out_features // head_dim
+        layout = Heads.of_block(anatomy, block)
 
-        def heads(output: Tensor, norm: str | None = None) -> Float[Tensor, "tokens heads d"]:
-            rows: Tensor = real_tokens(output).unflatten(-1, (-1, head_dim))
+        def heads(role: Role, output: Tensor, norm: str | None = None) -> Float[Tensor, "tokens heads d"]:
+            rows: Tensor = layout.outputs(role, real_tokens(output)).unflatten(-1, (-1, layout.head_dim))
             # Families lay heads out differently when they call their norm; here it always sees (tokens, heads, d).
             if norm is None:
                 return rows
@@ -102,24 +96,24 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
             return normed.detach()
 
         def add_query(output: Tensor) -> None:
-            rows = heads(output, record.query_norm)
-            statistics.add("query", head_grams(rows).unflatten(0, (key_heads, -1)).sum(dim=1))
+            rows = heads("query", output, record.query_norm)
+            statistics.add("query", head_grams(rows).unflatten(0, (layout.num_key_value_heads, -1)).sum(dim=1))
 
         def add_key(output: Tensor) -> None:
-            rows = heads(output, record.key_norm)
+            rows = heads("key", output, record.key_norm)
             statistics.add("key", head_grams(rows))
             statistics.add("key_sum", rows.float().sum(dim=0).cpu().double())
             statistics.add("key_tokens", torch.tensor(len(rows)))
 
         def add_value(output: Tensor) -> None:
-            bias = projection(anatomy.attention_path(block, "value")).bias
-            statistics.add("value", head_grams(heads(output if bias is None else output - bias.detach())))
+            rows, bias = heads("value", output), layout.weights("value")[1]
+            statistics.add("value", head_grams(rows if bias is None else rows - bias.view(rows.shape[1:])))
 
         if "query_key" in kinds:
-            on_output(f"{path}.{record.query}", add_query)
-            on_output(f"{path}.{record.key}", add_key)
+            on_output(layout.projections["query"], add_query)
+            on_output(layout.projections["key"], add_key)
         if "value_output" in kinds:
-            on_output(f"{path}.{record.value}", add_value)
+            on_output(layout.projections["value"], add_value)
     try:
         yield statistics
     finally:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ...engine.blocks import take_tokens
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...anatomy import ModelAnatomy
+from ...engine.blocks import BlockStream, model_inputs, real_tokens, replaced_forward, take_tokens
 from ...engine.session import Session, placed
 from .compress import compress_block
 from .configuration import ModularDecompositionConfig
@@ -20,7 +27,8 @@ def trial_losses(
     candidates: list[Sizes],
     held_out_tokens: int = HELD_OUT_TOKENS,
 ) -> list[float]:
-    """Mean negative log-likelihood a held-out token for every candidate, in nats.
+    """What every candidate loses on held-out data: the mean negative log-likelihood of a token in nats, or, of an
+    encoder, the relative error of the final hidden states (see `hidden_state_error`).
 
     One dense stream gathers each block's statistics; one held-out stream a candidate runs through the blocks as that
     candidate would compress them. Nothing of the model is changed, and no more than one block's statistics live.
@@ -29,6 +37,7 @@ def trial_losses(
     calibration = session.stream(take_tokens(session.batches, TRIAL_TOKENS))
     held_out = session.stream(take_tokens(session.held_out, held_out_tokens))
     streams = [held_out.copy() for _ in candidates]
+    by_tokens = anatomy.record.decoder
     dense = Geometry.of(anatomy, config).dense()
     for block in session.progress(range(len(anatomy)), f"trial of {len(candidates)} allocations"):
         reduced = [
@@ -41,4 +50,42 @@ def trial_losses(
             modules = compress_block(anatomy, config, block, sizes, statistics).modules if sizes else {}
             with placed(anatomy.model, modules):
                 stream.advance(block)
-    return [stream.final_loss() for stream in streams]
+        if not by_tokens:
+            held_out.advance(block, check=False)
+    if by_tokens:
+        return [stream.final_loss() for stream in streams]
+    return [hidden_state_error(stream, held_out) for stream in streams]
+
+
+def hidden_state_error(stream: BlockStream, dense: BlockStream) -> float:
+    """`Σ ‖h − h_dense‖² / Σ ‖h_dense‖²` over all positions that are no padding.
+
+    `h` are the last hidden states of the base model, after its final norm if it has one: what every head of an encoder
+    reads. Both streams have passed the last block, one of them the dense blocks.
+    """
+    lost = energy = 0.0
+    for batch in range(len(stream)):
+        found, wanted = (_final_states(each, batch) for each in (stream, dense))
+        with stream.text_positions(batch):
+            found, wanted = real_tokens(found).double(), real_tokens(wanted).double()
+        lost += float((found - wanted).square().sum())
+        energy += float(wanted.square().sum())
+    return lost / energy if energy > 0 else 0.0
+
+
+def _final_states(stream: BlockStream, batch: int) -> Tensor:
+    """What the base model makes of the hidden states of a batch after the last block."""
+    blocks = [stream.anatomy.block(index) for index in range(len(stream.anatomy))]
+    model, final = stream.anatomy.model.base_model, stream.hidden[batch]
+    with torch.no_grad(), replaced_forward(blocks, lambda *_, **__: final):
+        output: Any = model(**model_inputs(model, stream.batches[batch]))
+    states = getattr(output, "last_hidden_state", None)
+    # A backbone gives maps of features, some of them without the last norm: then the blocks' own output counts.
+    return states if isinstance(states, Tensor) else final
+
+
+def shown(anatomy: ModelAnatomy, loss: float) -> tuple[str, float]:
+    """A loss as the report's notes have it: what it is called, and its value."""
+    if anatomy.record.decoder:
+        return "perplexity", round(math.exp(loss), 3)
+    return "hidden_state_error", round(loss, 5)

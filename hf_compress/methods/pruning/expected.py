@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import dense_rows
-from ...layout import ResizedLinear
+from ...resized import ResizedLinear
 from .configuration import PruningConfig
 from .mathematics import kept_count
 from .modules import SparseLinear

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
 from ...engine.exclusion import is_excluded
-from ...layout import stood_on
+from ...resized import stood_on
 from .configuration import Values
 from .format import store
 from .modules import SparseLinear

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import ModelAnatomy, dense_rows
-from ...engine.blocks import real_tokens
+from ...engine.blocks import real_tokens, warn_unreached
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
@@ -40,7 +40,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
     """Single weights, or whole heads and columns, by a score."""
 
     config_class = PruningConfig
-    continues = (SparseLinear.layout_type, "linear", "attention")
+    continues = (SparseLinear.layout_type, "linear", "conv1d", "attention")
     leaves = (SparseLinear.layout_type,)
 
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
@@ -163,7 +163,11 @@ class Pruning(Method[PruningConfig, Energies | None]):
     def _wanda(self, part: Part, module: nn.Module, statistics: Energies) -> Tensor:
         """M. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695)."""
         weight = dense_rows(module).float()
-        score = weight.abs() * statistics[part.path].sqrt().to(weight)
+        score = weight.abs()
+        if part.path in statistics:
+            score = score * statistics[part.path].sqrt().to(weight)
+        else:
+            warn_unreached([part.path])
         among = None if self.before is None else self.before[part.path]
         among = among.T if among is not None and isinstance(module, Conv1D) else among
         try:

@@ -15,7 +15,8 @@ from ...anatomy import dense_rows
 from ...errors import CompressionError
 from ...kernels.library import multiplies_bfloat16
 from ...kernels.sparse import sparse_linear
-from ...layout import ResizedLinear, register_module_type, shape_spec, stood_on, widened
+from ...layout import is_sharded, register_module_type
+from ...resized import resized, shape_spec, stood_on, widened
 from .format import DTYPES, SparseFormat, SparseMatrix
 from .positions import decoded
 
@@ -74,7 +75,7 @@ class SparseLinear(nn.Linear):
     packs_weight: ClassVar[bool] = True
     _is_hf_initialized: ClassVar[bool] = True
     #: Whether it stands for a layer that was smaller than the dense model's.
-    resized: bool = False
+    resized: int = 0
     row_starts: Tensor
     column_indices: Tensor
     scales: Tensor | None
@@ -125,7 +126,7 @@ class SparseLinear(nn.Linear):
             if bias is not None:
                 layer.bias.copy_(bias)
         layer.expand_positions()
-        layer.resized = isinstance(dense, ResizedLinear)
+        layer.resized = resized(dense)
         return layer.train(dense.training)
 
     def spec(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class SparseLinear(nn.Linear):
         weight: Any = dense.weight
         format = SparseFormat.from_spec(rest, rows, columns)
         layer = cls(columns, rows, dense.bias is not None, format=format, device=weight.device, dtype=weight.dtype)
-        layer.resized = isinstance(dense, ResizedLinear)
+        layer.resized = resized(dense)
         return layer
 
     @property
@@ -244,7 +245,11 @@ class SparseLinear(nn.Linear):
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:
         """The dense matrix with its zeros."""
         weight = self.matrix().T if isinstance(dense, Conv1D) else self.matrix()
-        return widened({"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias}, dense)
+        return widened(
+            {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias},
+            dense,
+            self.resized or 1,
+        )
 
     def check_tensors(self) -> None:
         """After loading: positions that fit, finite values. Raises `ValueError`."""
@@ -269,7 +274,9 @@ class SparseLinear(nn.Linear):
             name, kind = f"{prefix}values", DTYPES[self.format.values]
             found = destination[name]
             if kind == torch.float16 and not found.is_meta and len(found):
-                largest = float(found.abs().max())
+                largest = found.abs().max()
+                # Of a part on each process, all have to come to the same conclusion.
+                largest = float(largest.full_tensor() if is_sharded(largest) else largest)
                 if largest > torch.finfo(kind).max:
                     raise CompressionError(
                         f"{prefix.removesuffix('.')!r} has a weight of {largest:.3g}, beyond the float16 that it is "

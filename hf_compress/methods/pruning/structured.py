@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import ModelAnatomy, join
+from ...anatomy import ModelAnatomy, read_attribute
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult
 from ...errors import ConfigurationError
-from ...layout import ResizedLinear
+from ...resized import ResizedLinear
 from .parts import Part
 
 # Widths that kernels like.
@@ -169,22 +169,26 @@ def _linear(anatomy: ModelAnatomy, path: str) -> nn.Linear | None:
 
 
 def _by_kind(anatomy: ModelAnatomy, block: int, kind: str) -> list[str]:
-    return [join(anatomy.block_paths[block], path) for path, own in anatomy.record.kinds if own == kind]
+    return [path for path, own in anatomy.named_matrices(block) if own == kind]
 
 
 def _attention(anatomy: ModelAnatomy, block: int) -> Group | None:
     if anatomy.record.attention is not None:
-        if anatomy.attention.fixed_heads:
+        if anatomy.attention.fixed_heads or anatomy.attention.fused:
             return None
         paths = [anatomy.attention_path(block, role) for role in ("query", "key", "value", "output")]
         holder = anatomy.model.get_submodule(anatomy.attention_path(block))
     else:
         paths = [*_by_kind(anatomy, block, "query_key"), *_by_kind(anatomy, block, "value_output")]
-        if len(paths) != 4:
-            return None  # query, key and value are one matrix
+        if len(paths) != 4 or anatomy.record.fixed_heads:
+            return None  # query, key and value are one matrix, or there is more than self attention
         holder = anatomy.model.get_submodule(paths[0].rpartition(".")[0])
     query, key, value, output = (_linear(anatomy, path) for path in paths)
-    size = getattr(holder, "head_dim", None) or getattr(holder, "attention_head_size", None)
+    size: int | None
+    if anatomy.record.attention is not None:
+        size = int(read_attribute(holder, anatomy.attention.head_dim))
+    else:
+        size = getattr(holder, "head_dim", None) or getattr(holder, "attention_head_size", None)
     if query is None or key is None or value is None or output is None or size is None:
         return None
     units = key.out_features // size
@@ -194,8 +198,7 @@ def _attention(anatomy: ModelAnatomy, block: int) -> Group | None:
 
 def _mlp(anatomy: ModelAnatomy, block: int) -> Group | None:
     if anatomy.record.mlp is not None:
-        roles = ("up", "gate", "down") if anatomy.mlp.gate else ("up", "down")
-        paths = [anatomy.mlp_path(block, role) for role in roles]
+        paths = [anatomy.mlp_path(block, role) for role in anatomy.mlp.roles]
     else:
         paths = _by_kind(anatomy, block, "mlp")
     modules = [_linear(anatomy, path) for path in paths]

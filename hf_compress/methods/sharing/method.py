@@ -42,6 +42,12 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         self.running = running_blocks(anatomy.model)
         self.albert = _albert(anatomy.model)
         self._initial: dict[str, Tensor] = {}
+        if len(anatomy.stacks) > 1:
+            first = [repr(anatomy.block_paths[own.start]) for own in anatomy.stacks]
+            raise UnsupportedModelError(
+                f"layers are shared within one list of blocks, and {type(anatomy.model).__name__} has {len(first)}: "
+                f"from {' and '.join(first)} on."
+            )
         steps = None if config.steps is None else list(config.steps)
         if config.unique_layers is None:
             self.assigned = self._assigned_before()
@@ -108,14 +114,11 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             before: list[str] | None = self.running.scaled
             return before
         record, block = self.anatomy.record, self.anatomy.block_paths[0]
+        if record.mlp is not None and record.mlp.output_normed:
+            return None
         wanted = []
-        if record.attention is not None and record.mlp is not None:
-            if not self.anatomy.mlp_feeds_residual() and record.mlp.feeds_residual_field is None:
-                return None
-            wanted = [self.anatomy.attention_path(0, "output"), self.anatomy.mlp_path(0, "down")]
-        else:
-            for kind in ("value_output", "mlp"):
-                wanted += [join(block, path) for path, own in record.kinds if own == kind][-1:]
+        for kind in ("value_output", "mlp"):
+            wanted += [path for path, own in self.anatomy.matrices_of_kind(0) if own == kind][-1:]
         matrices = [path for path, _ in self.anatomy.block_matrices(0)]
         if len(wanted) != 2 or (self.albert is None and len(self._shared(0)) != len(matrices)):
             return None

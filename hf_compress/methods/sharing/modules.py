@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...anatomy import MATRICES, dense_rows
 from ...checked import is_integer, is_path, short
 from ...errors import CompressionError
-from ...layout import register_module_type
+from ...layout import register_module_type, require_gathered
 
 
 @register_module_type
@@ -134,6 +134,8 @@ class SharedLinear(nn.Linear):
                 f"the matrix at {self.source_path!r}, which other layers use, is offloaded. Put its block on a device "
                 "in the device_map."
             )
+        if owner is not self:
+            require_gathered(owner, self.source_path)
         return owner
 
     def shared_weight(self) -> Float[Tensor, "rows columns"]:
@@ -211,6 +213,7 @@ class SharedModule(nn.Module):
         self.__dict__["source"] = source
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        require_gathered(self.source, self.source_path)
         return self.source(*args, **kwargs)
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:

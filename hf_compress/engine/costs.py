@@ -1,0 +1,247 @@
+"""What a stage has to do, counted from shapes: operations and bytes, as the code does them. No rates here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..anatomy import ModelAnatomy, resolve_anatomy, text_config, weight_count
+from ..configuration import CompressionConfig
+from ..errors import ConfigurationError
+from ..layout import replay
+from .memory import Workload
+from .registry import create_method
+from .scaling import gram_flops
+from .session import Method
+from .weights import count_weights, stored_bytes
+
+KINDS = ("mlp", "query_key", "value_output")
+DOUBLE = 8
+# Of a symmetric eigendecomposition with vectors, times n³: reduction to three diagonals, its solution, and the way
+# back. What the solution takes depends on the data; head-sized ones hardly count beside the MLP.
+EIGENVECTORS = 9
+# Tokens that a survey looks at, held-out tokens that it judges on, and how many allocations a probe compares.
+SURVEYED, JUDGED = 8192, 4096
+PROBES, TEMPERATURES = (4, 4), (6,)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The sizes of a block that its work depends on.
+
+    Args:
+        hidden, inner: of the residual stream, and between the MLP's projections.
+        heads, key_heads, head_dim: of the attention.
+        weights: of all matrices.
+        rotary: whether queries and keys are turned.
+        reduced: what is left of the kinds that give: MLP width, query and key dimensions, value dimensions.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    weights: int
+    rotary: bool
+    reduced: tuple[tuple[str, int], ...]
+
+    def forward_flops(self, length: int) -> int:
+        """A token of a sequence of `length`; scores are counted in full, which a causal kernel halves."""
+        return 2 * self.weights + 4 * length * self.heads * self.head_dim
+
+    def statistics_flops(self, kinds: Collection[str], sequential: bool) -> int:
+        """A token: Grams of the MLP's inner channels and of the heads; in sequential order also the drift."""
+        of_head = 2 * self.head_dim**2
+        total = 0
+        if "mlp" in kinds:
+            total += gram_flops(1, self.inner) + (2 * self.inner * self.hidden if sequential else 0)
+        if "query_key" in kinds:
+            total += (self.heads + self.key_heads) * of_head
+        return total + (self.key_heads * of_head if "value_output" in kinds else 0)
+
+    def sum_bytes(self, kinds: Collection[str], sequential: bool) -> int:
+        """Of the sums, whole matrices in float64."""
+        of_head = self.key_heads * self.head_dim**2
+        total = 0
+        if "mlp" in kinds:
+            total += self.inner**2 + (self.inner * self.hidden if sequential else 0)
+        if "query_key" in kinds:  # also the sum of the keys and how many they are
+            total += 2 * of_head + self.key_heads * self.head_dim + 1
+        return DOUBLE * (total + (of_head if "value_output" in kinds else 0))
+
+    def tasks(self, sizes: Mapping[str, int], sequential: bool) -> tuple[int, ...]:
+        """Operations of the MLP's solution and of the attention's, where they are reduced."""
+        n, d = self.inner, self.hidden
+        found = []
+        if "mlp" in sizes:
+            # Two Cholesky factorisations, an inverse from the first, LᵀW, and the triangular system of what is kept.
+            mlp = 2 * n**3 // 3 + 2 * n**3 // 3 + 2 * n**2 * d + sizes["mlp"] ** 2 * d
+            found.append(mlp + (n**2 * d if sequential else 0))
+        attention, side = 0, self.head_dim
+        if "query_key" in sizes and not self.rotary:  # turned ones are chosen from diagonals
+            attention += self.key_heads * (2 * EIGENVECTORS + 8) * side**3
+        if "value_output" in sizes:
+            outputs, kept = self.heads // self.key_heads * d, sizes["value_output"]
+            # Two eigendecompositions and roots; products with the outputs for the basis, the error and the weights.
+            products = 10 * side**2 * outputs + 2 * side * kept * (outputs + d)
+            attention += self.key_heads * ((2 * EIGENVECTORS + 8) * side**3 + products)
+        if attention:
+            found.append(attention)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """All blocks of a model in one stage.
+
+    Args:
+        forward_flops: a token of calibration data, all passes through all blocks.
+        statistics_flops: the same of the statistics, which one of the passes gathers.
+        tasks: operations of every block's factorisations that do not depend on each other.
+        sum_bytes: of the statistics that processes add up, one number a block, float64.
+        result_bytes: of the new modules of all blocks, which every process receives.
+        sequential: whether a block waits for the results of the one before.
+        model_bytes, block_bytes: of the whole model, and of all its blocks.
+        survey_passes: how often the survey goes through all blocks.
+        survey_forward_flops, survey_statistics_flops, survey_solve_flops: of the survey, which one process does.
+        survey_seconds: that the recipe gives a search.
+    """
+
+    forward_flops: int
+    statistics_flops: int
+    tasks: tuple[tuple[int, ...], ...]
+    sum_bytes: tuple[int, ...]
+    result_bytes: int
+    sequential: bool
+    model_bytes: int
+    block_bytes: int
+    survey_passes: int
+    survey_forward_flops: int
+    survey_statistics_flops: int
+    survey_solve_flops: int
+    survey_seconds: float
+
+    def solved_in_turn(self, devices: int) -> int:
+        """Operations one after the other: in dense order a block a device, in sequential order a task a device."""
+        if self.sequential:
+            return sum(max(sum(tasks[rank::devices]) for rank in range(devices)) for tasks in self.tasks)
+        solved = [sum(tasks) for tasks in self.tasks]
+        return sum(max(solved[start : start + devices]) for start in range(0, len(solved), devices))
+
+    def traffic(self, devices: int) -> int:
+        """Bytes that a device sends: sums to their owner (in sequential order to all, for which a ring goes round
+        twice without each one's own share), and results to everybody."""
+        if devices == 1:
+            return 0
+        sums = sum(self.sum_bytes)
+        return (2 * (devices - 1) * sums // devices if self.sequential else sums) + self.result_bytes
+
+    def readings(self, devices: int) -> int:
+        """How often the blocks are read where one is in memory at a time: once for every pass over all of them, and
+        again to solve and replace those of a group."""
+        return self.survey_passes + 1 + (not self.sequential and devices > 1)
+
+
+def count_costs(skeleton: PreTrainedModel, recipe: CompressionConfig, load: Workload) -> list[StageCosts]:
+    """The stages of a recipe on a dense model on the meta device, whose modules are replaced on the way.
+
+    Raises:
+        ConfigurationError: a method whose work cannot be told from shapes.
+    """
+    costs = []
+    for stage in recipe.stages:
+        if stage.method != "modular_decomposition":
+            raise ConfigurationError(
+                f"on paper there is modular decomposition alone: the work of {type(stage).__name__} is not made of a "
+                "few large products. measure_time=True (--time) rehearses it on this machine."
+            )
+        anatomy = resolve_anatomy(skeleton)
+        method = create_method(stage, anatomy)
+        layout = method.expect().layout
+        shapes = [block_shape(anatomy, block, layout) for block in range(len(anatomy))]
+        sizes = {
+            "model_bytes": count_weights(anatomy)[2],
+            "block_bytes": sum(stored_bytes(anatomy.block(block)) for block in range(len(anatomy))),
+        }
+        survey = _survey(method, shapes, load)
+        if layout:
+            replay(skeleton, layout)
+        new = sum(stored_bytes(skeleton.get_submodule(entry["path"])) for entry in layout)
+        costs.append(_costs(shapes, method, load, result_bytes=new, **sizes, **survey))
+    return costs
+
+
+def _costs(shapes: list[BlockShape], method: Method[Any, Any], load: Workload, **counted: Any) -> StageCosts:
+    order = method.sequential
+    reduced = [dict(shape.reduced) for shape in shapes]
+    # In sequential order a block runs dense, for its statistics, and compressed, which counts as dense.
+    passes = (3 if order else 1) if method.needs_calibration else 0
+    pairs = list(zip(shapes, reduced, strict=True))
+    return StageCosts(
+        forward_flops=passes * sum(shape.forward_flops(load.sequence_length) for shape in shapes),
+        statistics_flops=sum(shape.statistics_flops(sizes, order) for shape, sizes in pairs),
+        tasks=tuple(shape.tasks(sizes, order) for shape, sizes in pairs),
+        sum_bytes=tuple(shape.sum_bytes(sizes, order) for shape, sizes in pairs),
+        sequential=order,
+        **counted,
+    )
+
+
+def block_shape(anatomy: ModelAnatomy, block: int, layout: list[dict[str, Any]]) -> BlockShape:
+    """The sizes of a block, and what a layout leaves of them."""
+    get, config = anatomy.model.get_submodule, text_config(anatomy.model)
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    specs = {entry["path"]: entry["spec"] for entry in layout}
+    inner, reduced = 0, {}
+    if anatomy.record.mlp is not None:
+        down = anatomy.mlp_path(block, "down")
+        inner = weight_count(get(down)) // hidden
+        if down in specs:
+            reduced["mlp"] = int(specs[down]["in_features"])
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    rotary = False
+    if anatomy.record.attention is not None:
+        rotary = anatomy.record.attention.rotary is not None
+        spec = specs.get(anatomy.attention_path(block), {})
+        for kind, name in (("query_key", "query_key_dim"), ("value_output", "value_dim")):
+            if spec.get(name, head_dim) < head_dim:
+                reduced[kind] = int(spec[name])
+    return BlockShape(
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=head_dim,
+        weights=sum(weight_count(get(path)) for path, _ in anatomy.block_matrices(block)),
+        rotary=rotary,
+        reduced=tuple(reduced.items()),
+    )
+
+
+def _survey(method: Method[Any, Any], shapes: list[BlockShape], load: Workload) -> dict[str, Any]:
+    """What is done before the first block: one dense pass for the blocks' influence, and a walk for every probe that
+    compares allocations: a stream for the statistics of all kinds, and one of held-out text an allocation."""
+    config: Any = method.config
+    found = {"passes": 0, "forward_flops": 0, "statistics_flops": 0, "solve_flops": 0}
+    seconds = 0.0
+    if method.needs_calibration and not config.portable:
+        seconds = 60 * config.search_minutes if config.allocation == "search" else 0.0
+        probes: tuple[int, ...] = PROBES if config.kinds == "auto" and isinstance(config.reduction, float) else ()
+        probes += TEMPERATURES if config.temperature == "auto" and config.allocation != "uniform" else ()
+        looked, judged = min(SURVEYED, load.tokens), min(JUDGED, load.num_held_out * load.sequence_length)
+        forward = sum(shape.forward_flops(load.sequence_length) for shape in shapes)
+        if config.allocation != "uniform":
+            found["passes"] += 1
+            found["forward_flops"] += looked * forward
+        head = 2 * int(text_config(method.anatomy.model).vocab_size) * shapes[0].hidden
+        for allocations in probes:
+            found["passes"] += 1
+            found["forward_flops"] += looked * forward + allocations * judged * (forward + head)
+            found["statistics_flops"] += looked * sum(shape.statistics_flops(KINDS, False) for shape in shapes)
+            # One factorisation of an MLP serves all allocations; heads are solved for each, and hardly count.
+            found["solve_flops"] += sum(sum(shape.tasks({"mlp": shape.inner}, False)) for shape in shapes)
+    return {**{f"survey_{name}": count for name, count in found.items()}, "survey_seconds": seconds}

@@ -1,0 +1,286 @@
+"""Every method on every family that is described matrix by matrix or has several parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from conftest import interrupt, token_ids
+from families import CONFIGS, DECODERS, MULTIMODAL, STACKS, auto_class, calibration, inputs, make, outputs
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+import hf_compress
+from hf_compress import CodebookConfig, LayerSharingConfig, PruningConfig
+from hf_compress.anatomy import known_model_types, resolve_anatomy
+from hf_compress.cli.app import app
+from hf_compress.engine.blocks import BlockStream, complete, model_inputs
+
+every_family = pytest.mark.parametrize("name", sorted(CONFIGS))
+# Their query, key and value are one matrix, and so are gate and up, or the MLP has a part that stays dense.
+NO_GROUPS = ("gpt2", "modernbert", "phi3", "t5", "t5_gated")
+NO_SHARING = (*STACKS, "modernbert", "qwen3_moe")
+
+
+def reloaded(model: PreTrainedModel, name: str, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    again: PreTrainedModel = auto_class(name).from_pretrained(folder)
+    return again
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_family
+def test_the_stream_follows_the_model(name: str) -> None:
+    model, batch = make(name), inputs(name, 4, seed=3)
+    anatomy = resolve_anatomy(model)
+    stream, seen = BlockStream(anatomy, [batch]), {}
+
+    def observe(index: int, output: Any) -> None:
+        seen[index] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        anatomy.block(index).register_forward_hook(lambda _, __, output, at=index: observe(at, output))
+        for index in range(len(anatomy))
+    ]
+    with torch.no_grad():
+        model(**model_inputs(model, batch))
+    for handle in handles:
+        handle.remove()
+    assert len(anatomy.stacks) == (2 if name in STACKS else 1)
+    for index in range(len(anatomy)):
+        stream.advance(index)
+        assert torch.equal(stream.hidden[0], seen[index])
+
+
+@every_family
+def test_codebooks_with_data(name: str, tmp_path: Path) -> None:
+    recipe = CodebookConfig(bits=3, rows_per_codebook=8, rounds=1, calibration=calibration(name))
+    # GPT-J's table of rotations is not the same after a load in bfloat16, dense as well.
+    dtype = torch.float32 if name == "gptj" else torch.bfloat16
+    model = hf_compress.compress(make(name, dtype), recipe)
+    kinds = {row.kind for row in model.compression_report.modules}
+    assert {"query_key", "value_output"} <= kinds
+    again = reloaded(model, name, tmp_path)
+    assert again.dtype == dtype
+    assert same(outputs(again, name), outputs(model, name))
+    assert str(again.compression_report) == str(model.compression_report)
+
+    model.float().train()
+    sum(tensor.float().square().sum() for tensor in forward(model, name)).backward()
+    packed = [path for path, module in model.named_modules() if hasattr(module, "layout_type")]
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), path
+    # Norms in the blocks are there to be trained, and their gradients go through the packed layers.
+    anatomy = resolve_anatomy(make(name))
+    norms = [
+        path for path, _ in model.named_parameters() if "norm" in path and path.startswith(anatomy.block_paths[0])
+    ]
+    assert packed and (not norms or any(model.get_parameter(path).grad is not None for path in norms))
+
+
+def forward(model: PreTrainedModel, name: str) -> list[torch.Tensor]:
+    found = model(**model_inputs(model, inputs(name, 4, seed=7)))
+    return [value for value in found.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+@every_family
+def test_pruning_without_data(name: str, tmp_path: Path) -> None:
+    identity = PruningConfig(sparsity=0, criterion="magnitude", values="float32")
+    for got, dense in zip(
+        outputs(hf_compress.compress(make(name), identity), name), outputs(make(name), name), strict=True
+    ):
+        torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-4)
+    model = hf_compress.compress(make(name), PruningConfig(sparsity=0.7, criterion="magnitude"))
+    assert same(outputs(reloaded(model, name, tmp_path), name), outputs(model, name))
+
+
+@every_family
+def test_heads_and_columns(name: str, tmp_path: Path) -> None:
+    recipe = PruningConfig(sparsity=0.3, criterion="magnitude", structured=True)
+    if name in NO_GROUPS:
+        with pytest.raises(hf_compress.ConfigurationError, match="structured=True"):
+            hf_compress.compress(make(name), recipe)
+        return
+    model = hf_compress.compress(make(name), recipe)
+    assert model.compression_report.block_linear_reduction > 0.05
+    assert same(outputs(reloaded(model, name, tmp_path), name), outputs(model, name))
+
+
+@every_family
+def test_shared_layers(name: str, tmp_path: Path) -> None:
+    recipe = LayerSharingConfig(unique_layers=1, lora_rank=2)
+    if name in NO_SHARING:
+        with pytest.raises(hf_compress.UnsupportedModelError, match="one list of blocks|not of one shape"):
+            hf_compress.compress(make(name), recipe)
+        return
+    model = hf_compress.compress(make(name), recipe)
+    assert same(outputs(reloaded(model, name, tmp_path), name), outputs(model, name))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_several_stacks_are_calibrated_one_after_the_other(name: str) -> None:
+    """Wanda's input norms, block by block, are those of the model as it is compressed by then."""
+    recipe = PruningConfig(sparsity=0.5, criterion="wanda", calibration=calibration(name))
+    first, second = (hf_compress.compress(make(name), recipe).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def error(model: PreTrainedModel, name: str) -> float:
+    pairs = list(zip(outputs(model, name), outputs(make(name), name), strict=True))
+    return sum(float((got - dense).square().mean() / dense.square().mean()) for got, dense in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("bart", "sequential"), ("t5", "dense"), ("whisper", "dense"), ("clip", "sequential")]
+)
+def test_data_help(name: str, order: Any) -> None:
+    alone = hf_compress.compress(make(name), CodebookConfig(bits=3, learning="none", rows_per_codebook=8))
+    recipe = CodebookConfig(bits=3, rows_per_codebook=8, order=order, calibration=calibration(name, 32))
+    assert error(hf_compress.compress(make(name), recipe), name) < 0.9 * error(alone, name)
+
+
+def test_an_interrupted_run_goes_on_in_the_second_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "t5"
+    recipe = CodebookConfig(bits=3, rows_per_codebook=8, rounds=1, calibration=calibration(name))
+    whole = hf_compress.compress(make(name), recipe).state_dict()
+    advance = BlockStream.advance
+
+    def stop(stream: BlockStream, index: int, check: bool = True) -> None:
+        if index == 3:
+            interrupt()
+        advance(stream, index, check)
+
+    options = {"working_directory": tmp_path, "keep_activations": True}
+    monkeypatch.setattr(BlockStream, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hf_compress.compress(make(name), recipe, **options)
+    monkeypatch.setattr(BlockStream, "advance", advance)
+    again = hf_compress.compress(make(name), recipe, **options).state_dict()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+class TestEncoderDecoderBatches:
+    def test_the_decoder_reads_labels_one_token_later(self) -> None:
+        model = make("bart")
+        labels = torch.tensor([[7, 8, -100, -100], [4, 5, 6, 2]])
+        found = complete(model, {"input_ids": token_ids(2, 6), "labels": labels})
+        assert found["decoder_input_ids"].tolist() == [[2, 7, 8, 0], [2, 4, 5, 6]]
+        assert found["decoder_attention_mask"].tolist() == [[True, True, True, False], [True] * 4]
+
+    def test_without_labels_it_reads_the_text(self) -> None:
+        ids = torch.tensor([[7, 8, 9], [4, 5, 0]])
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        found = complete(make("t5"), {"input_ids": ids, "attention_mask": mask})
+        assert found["decoder_input_ids"].tolist() == [[0, 7, 8], [0, 4, 5]]
+        assert found["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
+
+    def test_sounds_alone_are_not_enough(self) -> None:
+        model, batch = make("whisper"), inputs("whisper", 2)
+        batch.pop("labels")
+        with pytest.raises(hf_compress.CalibrationError, match="decoder.*labels"):
+            BlockStream(resolve_anatomy(model), [batch])
+
+    def test_padding_of_both_sides_counts_for_nothing(self) -> None:
+        """Other tokens under the masks give the same codes."""
+        name, found = "bart", []
+        for filler in (0, 50):
+            data = inputs(name, 16, seed=1)
+            data["input_ids"][data["attention_mask"] == 0] = filler
+            data = dict(complete(make(name), data))
+            padding = ~data["decoder_attention_mask"].bool()
+            data["decoder_input_ids"] = data["decoder_input_ids"].masked_fill(padding, filler)
+
+            def collate(rows: list[int], data: Any = data) -> dict[str, torch.Tensor]:
+                return {key: tensor[torch.tensor(rows)] for key, tensor in data.items()}
+
+            source = hf_compress.CalibrationConfig(
+                list(range(16)), data_collator=collate, num_samples=16, num_held_out=0, batch_size=8
+            )
+            recipe = CodebookConfig(bits=3, rows_per_codebook=8, rounds=1, calibration=source)
+            found.append(hf_compress.compress(make(name), recipe).state_dict())
+        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_images_alone_do_not_reach_both_towers() -> None:
+    images = {"pixel_values": inputs("clip", 2)["pixel_values"]}
+    with pytest.raises(hf_compress.CalibrationError, match="CLIPModel does not run on a batch of .*pixel_values"):
+        BlockStream(resolve_anatomy(make("clip")), [images])
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "snip_magnitude"])
+def test_texts_do_not_fit_a_model_of_images(criterion: Any) -> None:
+    source = hf_compress.CalibrationConfig(token_ids(), num_samples=8, num_held_out=0, batch_size=8)
+    recipe = PruningConfig(sparsity=0.5, criterion=criterion, calibration=source)
+    with pytest.raises(hf_compress.CalibrationError, match="reads 'pixel_values'.*'input_ids'.*image processor"):
+        hf_compress.compress(make("siglip_vision_model"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "mixtral",
+            ["mlp.experts.gate_up_proj (MixtralExperts) in 3 blocks: ", "mlp.gate.weight (MixtralTopKRouter)"],
+        ),
+        ("qwen3_moe", ["mlp.experts.down_proj (Qwen3MoeExperts) in 2 blocks: "]),
+        ("t5", ["layer.1.DenseReluDense.wo.weight (Linear) in 2 blocks: "]),
+        ("gemma3", ["model.vision_tower (outside the blocks): "]),
+    ],
+)
+def test_what_no_method_reaches_is_named_with_its_share(name: str, parts: list[str]) -> None:
+    model = hf_compress.compress(make(name), CodebookConfig(bits=3, learning="none", rows_per_codebook=8))
+    left = "\n".join(model.compression_report.left_alone)
+    assert all(part in left for part in parts), left
+    total = sum(parameter.numel() for parameter in make(name).parameters())
+    if name == "mixtral":
+        experts = sum(tensor.numel() for key, tensor in make(name).named_parameters() if key.endswith("gate_up_proj"))
+        assert f"in 3 blocks: {experts / total:.1%} of the model's weights stay as they are" in left
+
+
+@pytest.mark.parametrize("name", sorted(MULTIMODAL))
+def test_of_a_multimodal_model_the_language_part_is_compressed(name: str) -> None:
+    model = hf_compress.compress(make(name), CodebookConfig(bits=3, learning="none", rows_per_codebook=8))
+    paths = [row.path for row in model.compression_report.modules]
+    assert len(paths) == 3 * 7
+    assert all(".language_model.layers." in path or ".text_model.layers." in path for path in paths)
+
+
+def test_families_on_the_command_line() -> None:
+    run = CliRunner().invoke(app, ["families", "t5", "mixtral", "--json"])
+    assert run.exit_code == 0
+    t5, mixtral = json.loads(run.stdout)
+    assert t5["methods"]["codebooks"] == {"works": "yes", "reason": ""}
+    assert t5["methods"]["sharing"]["works"] == "no" and "one list of blocks" in t5["methods"]["sharing"]["reason"]
+    assert sum(mixtral["left_dense"].values()) > 0.9
+
+    table = CliRunner().invoke(app, ["families", "llama", "t5", "--reasons"]).stdout
+    assert "| llama " in table and "t5: sharing: layers are shared within one list" in table
+    wrong = CliRunner().invoke(app, ["families", "lama"])
+    assert wrong.exit_code == 2 and "no anatomy record" in wrong.stderr
+
+
+def test_the_battery_has_every_family_that_it_should() -> None:
+    """A record without a tiny model here or in another battery is a promise that nobody keeps."""
+    import conftest
+    import encoders
+
+    def types(configs: Any) -> set[str]:
+        return {make_config().model_type for make_config in configs.values()}
+
+    here = types(DECODERS) | types(families.ENCODERS) | types(conftest.FAMILIES) | types(encoders.ENCODERS)
+    same_classes = {
+        "xlm-roberta", "camembert", "hubert", "mbart", "pegasus", "blenderbot", "blenderbot-small", "mt5",
+        "siglip_text_model", "speech_to_text",
+    }  # fmt: skip
+    found = hf_compress.families(sorted(same_classes))
+    assert all(family.architecture and family.methods["codebooks"].works == "yes" for family in found)
+    elsewhere = {"albert", "resnet"}
+    assert set(known_model_types()) - here == same_classes | elsewhere
