@@ -344,6 +344,17 @@ def test_a_damaged_checkpoint_leaves_the_resume_point(checkpoint: Path, tmp_path
     assert_same(in_memory(checkpoint, config, tmp_path / "whole"), tmp_path / "out")
 
 
+def test_weights_of_another_format_leave_no_copy(tmp_path: Path) -> None:
+    """Accelerate writes what is not in safetensors into files of its own."""
+    model = make_model("llama")
+    model.config.save_pretrained(tmp_path / "dense")
+    torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    options: dict[str, Any] = {"working_directory": tmp_path / "work", "device": "cpu"}
+    hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "out", recipe(), **options)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert sorted(folder.name for folder in (tmp_path / "work").iterdir()) == ["stage-0"]
+
+
 def test_another_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"working_directory": tmp_path / "work", "device": "cpu"}
     hf_compress.compress_checkpoint(checkpoint, tmp_path / "out", recipe(), **options)

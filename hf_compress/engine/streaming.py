@@ -95,6 +95,7 @@ def compress_checkpoint(
             )
             processes.once(lambda: _write(loaded, processing_class, target))
             report: CompressionReport = loaded.compression_report
+            shutil.rmtree(offload, ignore_errors=True)  # nothing reads from it any more
     return report
 
 
