@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import ModelAnatomy, resolve_anatomy
+from ...anatomy import ModelAnatomy, resolve_anatomy, text_config
 from ...engine.blocks import Batch, model_inputs, next_token_labels, only_these_train
 from ...engine.session import Session
 from ...errors import CalibrationError, ConfigurationError, NumericalError
@@ -195,6 +195,12 @@ def base_weights(anatomy: ModelAnatomy, config: PruningConfig, weights: dict[str
     if getattr(base, "hf_quantizer", None) is not None:
         raise ConfigurationError(
             f"the base model {config.base_model!r} is compressed: its weights are not the originals."
+        )
+    kinds = [text_config(each).model_type for each in (base, model)]
+    if kinds[0] != kinds[1]:
+        raise ConfigurationError(
+            f"the base model {config.base_model!r} is of type {kinds[0]!r} and this one of {kinds[1]!r}: it is no "
+            "checkpoint that this model was tuned from."
         )
     blocks = len(resolve_anatomy(base))
     if blocks != len(anatomy):
