@@ -391,8 +391,10 @@ def test_what_cannot_be_shared(fields: dict[str, Any], message: str) -> None:
 
 def test_models_that_cannot_be_shared() -> None:
     model = make_model("llama")
-    model.model.layers[2].mlp.up_proj = nn.Linear(48, 32, bias=False)
-    with pytest.raises(hf_compress.UnsupportedModelError, match=r"not of one shape: 'mlp\.up_proj\.weight'"):
+    narrow = model.model.layers[2].mlp
+    narrow.up_proj, narrow.gate_proj = (nn.Linear(48, 32, bias=False) for _ in range(2))
+    narrow.down_proj = nn.Linear(32, 48, bias=False)
+    with pytest.raises(hf_compress.UnsupportedModelError, match=r"not of one shape: 'mlp\.\w+_proj\.weight'"):
         hf_compress.compress(model, LayerSharingConfig(unique_layers=2))
     with pytest.raises(hf_compress.ConfigurationError, match="norm between"):
         shared("gemma2", inference_iterations=2)
