@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from calibration_helpers import TEXTS, make_tokenizer
 from safetensors.torch import load_file
+from support.processes import accelerate_launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SCRIPT = """
@@ -96,20 +93,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(folder: Path, order: str) -> list[dict[str, Any]]:
-    """What both processes found.
-
-    `accelerate launch --cpu` starts several processes through mpirun alone, which few machines have; the launcher for
-    several devices starts them through torchrun, told to leave devices alone.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "script.py", order], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
+    """What both processes found."""
+    done = accelerate_launch("script.py", order, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{order}-{rank}.json").read_text()) for rank in (0, 1)]
 

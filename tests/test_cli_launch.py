@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from calibration_helpers import make_tokenizer
+from support.processes import accelerate_launch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,18 +25,6 @@ STORIES = Path(__file__).parent / "data" / "stories260k"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, "-m", "hf_compress", *arguments], capture_output=True, text=True, timeout=240, env=environment
-    )
-
-
 @pytest.mark.parametrize("more", [[], ["--max-memory", "16GB"]])
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def test_two_processes_write_one_result(more: list[str], tmp_path: Path) -> None:
@@ -48,7 +33,7 @@ def test_two_processes_write_one_result(more: list[str], tmp_path: Path) -> None
     options += ["--num-samples", "8", "--sequence-length", "64"]
     alone = CliRunner().invoke(app, ["run", str(STORIES), str(tmp_path / "alone"), *options])
     assert alone.exit_code == 0, alone.output
-    done = launch("run", str(STORIES), str(tmp_path / "together"), *options, *more)
+    done = accelerate_launch("-m", "hf_compress", "run", str(STORIES), str(tmp_path / "together"), *options, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("Saved to") == 1
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("alone", "together")]
@@ -61,8 +46,16 @@ def test_two_processes_write_one_result(more: list[str], tmp_path: Path) -> None
 
 def test_a_mistake_ends_all_processes(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    done = launch(
-        "run", str(STORIES), str(tmp_path / "out"), "--reduction", "0.2", "--dataset", f"{tmp_path}/empty.txt"
+    done = accelerate_launch(
+        "-m",
+        "hf_compress",
+        "run",
+        str(STORIES),
+        str(tmp_path / "out"),
+        "--reduction",
+        "0.2",
+        "--dataset",
+        f"{tmp_path}/empty.txt",
     )
     assert done.returncode != 0 and "error:" in done.stderr and "empty.txt" in done.stderr
     assert not (tmp_path / "out").exists()

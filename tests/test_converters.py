@@ -7,11 +7,11 @@ from pathlib import Path
 
 import ctranslate2
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import VOCABULARY, recipe, token_ids
 from ctranslate2.converters import TransformersConverter
+from support.exporting import assert_same, through_onnx
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -59,39 +59,9 @@ def model(checkpoint: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
-class Logits(torch.nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
 @pytest.mark.usefixtures("unchecked_types")
 def test_onnx(model: PreTrainedModel, tmp_path: Path) -> None:
-    example = token_ids(2, 20, seed=5)
-    axes = {0: "batch", 1: "tokens"}
-    torch.onnx.export(
-        Logits(model).eval(),
-        (example, torch.ones_like(example)),
-        tmp_path / "model.onnx",
-        dynamo=True,
-        dynamic_shapes=(axes, axes),
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    # Another batch and length than the example's, and padding on the left.
-    ids = token_ids(3, 11, seed=9)
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
-    real = mask.bool()
-    torch.testing.assert_close(torch.from_numpy(found)[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert_same(through_onnx(model, tmp_path), model)
 
 
 def test_ctranslate2(

@@ -274,8 +274,9 @@ def test_compare_methods(stories: Path, texts: tuple[Path, Path], tmp_path: Path
     dense = table["original"]
     for name in names:
         assert table[name]["size"]["weights"] < dense["size"]["weights"], name
+        found, original = (row["perplexity"]["perplexity"] for row in (table[name], dense))
         # 4 bits lose so little that a thousand tokens of a strange text may read a trace better.
-        assert table[name]["perplexity"]["perplexity"] > 0.98 * dense["perplexity"]["perplexity"], name
+        assert found == pytest.approx(original, rel=0.02) if name == "codebooks 4 bits" else found > original, name
         assert table[name]["speed"]["generated_tokens_per_second"] > 0
         assert 0 < table[name]["agreement"]["kl"] < 3, name
     assert table["codebooks 4 bits"]["size"]["weights"] < table["Wanda 50 %"]["size"]["weights"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from conftest import calibration, logits, make_model, recipe, token_ids
+from support.exporting import Outputs, assert_same, inputs, through_onnx
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import hf_compress
@@ -31,17 +31,6 @@ PACKED = ("codebooks", "pruned")
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
-class Outputs(torch.nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        options = {} if isinstance(self.model, BertModel) else {"use_cache": False}
-        output: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
-        return output
-
-
 def exportable(name: str) -> PreTrainedModel:
     """A compressed Llama; what is packed is made dense, and says what the packed one says."""
     model = hf_compress.compress(make_model("llama"), RECIPES[name]())
@@ -52,44 +41,11 @@ def exportable(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Another batch and length than the example's, and padding on the left."""
-    ids = token_ids(3, 11, seed=9)
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    return ids, mask
-
-
 def exported(model: PreTrainedModel) -> torch.export.ExportedProgram:
     example, axes = token_ids(2, 20, seed=5), {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=100)}
     return torch.export.export(
         Outputs(model).eval(), (example, torch.ones_like(example)), dynamic_shapes=(axes, axes), strict=False
     )
-
-
-def assert_same(found: torch.Tensor, model: PreTrainedModel) -> None:
-    ids, mask = inputs()
-    with torch.no_grad():
-        expected = Outputs(model)(ids, mask)
-    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
-
-
-def through_onnx(model: PreTrainedModel, folder: Path) -> torch.Tensor:
-    example, axes = token_ids(2, 20, seed=5), {0: "batch", 1: "tokens"}
-    torch.onnx.export(
-        Outputs(model).eval(),
-        (example, torch.ones_like(example)),
-        folder / "model.onnx",
-        dynamo=True,
-        dynamic_shapes=(axes, axes),
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    ids, mask = inputs()
-    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-    return torch.from_numpy(found)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

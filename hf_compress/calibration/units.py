@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..seeds import seeded
 from .configuration import CalibrationConfig
 from .images import find_images, image_collator
 from .sources import describe_source, guarded, open_rows, read_sentences, read_texts, title
@@ -204,8 +205,7 @@ def _read_examples(
         raise CalibrationError(f"{title(config)} holds no {what}; there is nothing to calibrate on.")
     _warn_if_scarce(config, request, available, len(kept), len(apart), what)
     # Collators that mask at random draw from torch; the caller's random state is not ours to move.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(request.seed)
+    with seeded(request.seed):
         calibration = _collate(data_collator, examples[: len(kept)], request.batch_size)
         held_out = _collate(data_collator, examples[len(kept) : len(kept) + len(apart)], request.batch_size)
     return Units(calibration, held_out, _describe(config, request, len(kept), len(apart)))

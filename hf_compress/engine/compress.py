@@ -24,6 +24,7 @@ from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
 from ..errors import CalibrationError, ConfigurationError
 from ..layout import UNFINISHED, layout_of
+from ..seeds import seeded
 from .activations import folder_of_activations
 from .checks import require_dense, require_finite_weights
 from .distributed import Processes, several_processes
@@ -266,8 +267,7 @@ def _run(
             processes.each(partial(_require_in_sight, stage_directory))
         batches, held_out = (data.batches, data.held_out) if data else ([], [])
         session = Session(anatomy, batches, held_out, residency, places.activations, processes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stage.seed)
+        with seeded(stage.seed):
             _survey(method, session, resume)
             rows += walk(session, method, resume)
         notes.update(session.notes)

@@ -23,9 +23,6 @@ DOUBLE = 8
 # Of a symmetric eigendecomposition with vectors, times n³: reduction to three diagonals, its solution, and the way
 # back. What the solution takes depends on the data; head-sized ones hardly count beside the MLP.
 EIGENVECTORS = 9
-# Tokens that a survey looks at, held-out tokens that it judges on, and how many allocations a probe compares.
-SURVEYED, JUDGED = 8192, 4096
-PROBES, TEMPERATURES = (4, 4), (6,)
 
 
 @dataclass(frozen=True)
@@ -225,18 +222,26 @@ def block_shape(anatomy: ModelAnatomy, block: int, layout: list[dict[str, Any]])
 def _survey(method: Method[Any, Any], shapes: list[BlockShape], load: Workload) -> dict[str, Any]:
     """What is done before the first block: one dense pass for the blocks' influence, and a walk for every probe that
     compares allocations: a stream for the statistics of all kinds, and one of held-out text an allocation."""
+    # The methods import the engine, so they cannot be imported above.
+    from ..methods.modular.method import GROWTH_EXPONENTS, INFLUENCE_TOKENS, TEMPERATURES
+    from ..methods.modular.trial import HELD_OUT_TOKENS, TRIAL_TOKENS
+
     config: Any = method.config
     found = {"passes": 0, "forward_flops": 0, "statistics_flops": 0, "solve_flops": 0}
     seconds = 0.0
     if method.needs_calibration and not config.portable:
         seconds = 60 * config.search_minutes if config.allocation == "search" else 0.0
-        probes: tuple[int, ...] = PROBES if config.kinds == "auto" and isinstance(config.reduction, float) else ()
-        probes += TEMPERATURES if config.temperature == "auto" and config.allocation != "uniform" else ()
-        looked, judged = min(SURVEYED, load.tokens), min(JUDGED, load.num_held_out * load.sequence_length)
+        probes: list[int] = []
+        if config.kinds == "auto" and isinstance(config.reduction, float):
+            # The dense model and every kind alone; then the simplest division and one for every way of growth.
+            probes += [1 + len(KINDS), 1 + len(GROWTH_EXPONENTS)]
+        if config.temperature == "auto" and config.allocation != "uniform":
+            probes.append(len(TEMPERATURES))
+        looked, judged = min(TRIAL_TOKENS, load.tokens), min(HELD_OUT_TOKENS, load.num_held_out * load.sequence_length)
         forward = sum(shape.forward_flops(load.sequence_length) for shape in shapes)
         if config.allocation != "uniform":
             found["passes"] += 1
-            found["forward_flops"] += looked * forward
+            found["forward_flops"] += min(INFLUENCE_TOKENS, load.tokens) * forward
         head = 2 * int(text_config(method.anatomy.model).vocab_size) * shapes[0].hidden
         for allocations in probes:
             found["passes"] += 1

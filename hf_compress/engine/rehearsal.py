@@ -18,6 +18,7 @@ from ..anatomy import ModelAnatomy, resolve_anatomy, text_config
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.data import load_calibration_data
 from ..configuration import CompressionConfig, MethodConfig
+from ..seeds import seeded
 from .memory import Workload
 from .registry import create_method, method_class
 from .resume import ResumePoint
@@ -118,8 +119,7 @@ def _two_blocks(dense: PreTrainedModel, anatomy: ModelAnatomy) -> PreTrainedMode
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:count]
     config.num_hidden_layers = count
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)
+    with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind: Any = type(dense)
         model: PreTrainedModel = kind(config)
@@ -151,9 +151,8 @@ def _run(model: Any, stage: MethodConfig, workload: Workload, tokens: int) -> _T
         data = load_calibration_data(_random_tokens(model, workload, tokens))
         batches, held_out = data.batches, data.held_out
     session = _TimedSession(anatomy, batches, held_out)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.no_grad(), seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, and of random weights
-        torch.manual_seed(0)
         began = time.perf_counter()
         method.survey(session)
         surveyed = time.perf_counter()

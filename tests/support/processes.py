@@ -5,11 +5,38 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def accelerate_launch(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What `accelerate launch` makes of a script, or of `-m module`, in two processes on the CPU.
+
+    `accelerate launch --cpu` starts several processes through mpirun alone, which few machines have; the launcher for
+    several devices starts them through torchrun, told to leave devices alone.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += [
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        f"--main_process_port={free_port()}",
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 class Processes:
@@ -21,9 +48,7 @@ class Processes:
 
     def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `work`, a function of a module, returns in each of them, or the text of its exception, by rank."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         queue = self._context.Queue()
         started = [
             self._context.Process(target=_member, args=(rank, size, port, queue, work, arguments))

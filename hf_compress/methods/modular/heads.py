@@ -87,13 +87,16 @@ class Heads:
 
     def weights(self, role: Role) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " rows"] | None]:
         """Weight and bias of a role without gradients, a row an output."""
+        weight, rows = dense_rows(self.projections[role]), self.rows(role)
+        return weight if rows is None else weight[rows.to(weight.device)], self.bias(role)
+
+    def bias(self, role: Role) -> Float[Tensor, " rows"] | None:
         projection: Any = self.projections[role]
-        weight, bias, rows = dense_rows(projection), projection.bias, self.rows(role)
-        bias = None if bias is None else bias.detach()
-        if rows is None:
-            return weight, bias
-        rows = rows.to(weight.device)
-        return weight[rows], None if bias is None else bias[rows]
+        if projection.bias is None:
+            return None
+        bias: Tensor = projection.bias.detach()
+        rows = self.rows(role)
+        return bias if rows is None else bias[rows.to(bias.device)]
 
     def outputs(self, role: Role, output: Float[Tensor, "*place n"]) -> Float[Tensor, "*place rows"]:
         """The part of a projection's output that is a role's."""

@@ -106,7 +106,7 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
             statistics.add("key_tokens", torch.tensor(len(rows)))
 
         def add_value(output: Tensor) -> None:
-            rows, bias = heads("value", output), layout.weights("value")[1]
+            rows, bias = heads("value", output), layout.bias("value")
             statistics.add("value", head_grams(rows if bias is None else rows - bias.view(rows.shape[1:])))
 
         if "query_key" in kinds:
