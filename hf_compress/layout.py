@@ -80,10 +80,8 @@ def compressed_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether a module is of a registered type. FSDP2 puts a class of its own before that of a module it shards."""
-    kind = type(module)
-    inner = kind.__bases__[-1]
-    return (inner if kind.__name__ == f"FSDP{inner.__name__}" else kind) in _MODULE_TYPES.values()
+    """Whether a module is of a registered type, or of a class made of one: FSDP2 makes them of those it shards."""
+    return getattr(type(module), "layout_type", None) in _MODULE_TYPES
 
 
 def layout_entry(path: str, module: Any) -> dict[str, Any]:

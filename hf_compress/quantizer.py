@@ -118,7 +118,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             replay(model, self.quantization_config.layout)
             refuse_unfit_training(model, packed=bool(kept_beside_parameters(model)))
             self._dtypes = dtypes_of(model)
-            if any(getattr(getattr(module, "format", None), "trainable", False) for module in model.modules()):
+            if any(getattr(module, "has_trainable_tables", False) for module in model.modules()):
                 # Tables that are trained stay in float32, whatever the model's dtype.
                 model._keep_in_fp32_modules_strict |= {"codebooks", "scales", "row_scales"}
         else:

@@ -20,11 +20,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -76,14 +78,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         **{**_COMMON, "hidden_size": 64}, ffn_dim=64, word_embed_proj_dim=64, dropout=0.0, activation_dropout=0.0
     ),
 }
+# Their MLPs are experts, of which a router chooses: for the battery.
+EXPERTS: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_GROUPED, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48),
+}
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A tiny random model whose biases and norm weights are random too: zeros would hide mistakes."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = {**FAMILIES, **EXPERTS}[family]()
     attention = "eager" if family == "gemma2" else None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    if family in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # torch has no grouped product of it
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

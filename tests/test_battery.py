@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDS, METHODS, compress_with, logits, make_model
+from conftest import EXPERTS, FAMILIES, IDS, METHODS, compress_with, logits, make_model
 from transformers import AutoModelForCausalLM
 
 import hf_compress
 from hf_compress.layout import layout_of
 
 pytestmark = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+@pytest.fixture(params=sorted({**FAMILIES, **EXPERTS}))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def test_save_and_reload_is_bit_equal(method: str, family: str, tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_the_same_inputs_give_the_same_bytes(method: str, family: str) -> None:
 
 
 def test_dequantize_gives_the_same_function(method: str, family: str) -> None:
-    if method == "modular" and family in ("qwen2", "qwen3", "gemma3"):
+    if method == "modular" and family in ("qwen2", "qwen3", "qwen3_moe", "gemma3"):
         pytest.skip("no dense form, see test_modular.py")
     model = compress_with(method, family, torch.float64)
     before = logits(model)

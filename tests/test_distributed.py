@@ -44,6 +44,14 @@ RECIPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], bool]] = {
         {},
         True,
     ),
+    "experts": (
+        [
+            {**MODULAR, "kinds": ["mlp"], "allocation": "uniform"},
+            {"method": "codebook", "bits": 3, "order": "dense"},
+        ],
+        {},
+        True,
+    ),
     # Norms that are tuned, indices in 16 bits, and three codes with a copy of their own.
     "tuned blocks": (
         [
@@ -73,7 +81,12 @@ def all_compressed(size: int) -> list[Any]:
     tasks = {}
     for name, (stages, options, shared) in RECIPES.items():
         # In float64 rounding moves no weight from one code to the next.
-        tasks[name] = ("llama", stages, "float64" if shared else "float32", options)
+        tasks[name] = (
+            "mixtral" if name == "experts" else "llama",
+            stages,
+            "float64" if shared else "float32",
+            options,
+        )
     results = PROCESSES.run(size, compress_models, tasks)
     for result in results:
         assert isinstance(result, dict), result

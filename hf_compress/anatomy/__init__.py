@@ -2,6 +2,7 @@
 
 from . import families  # noqa: F401 - registers the records
 from .behaviour import check_record
+from .experts import Experts
 from .model import (
     MATRICES,
     ModelAnatomy,
@@ -13,13 +14,23 @@ from .model import (
     text_config,
     weight_count,
 )
-from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types, register_anatomy
-from .shares import unreached, unreached_shares
+from .records import (
+    Anatomy,
+    AttentionAnatomy,
+    ExpertsAnatomy,
+    MlpAnatomy,
+    find_record,
+    known_model_types,
+    register_anatomy,
+)
+from .shares import unreached, unreached_shares, untouched_experts
 
 __all__ = [
     "MATRICES",
     "Anatomy",
     "AttentionAnatomy",
+    "Experts",
+    "ExpertsAnatomy",
     "MlpAnatomy",
     "ModelAnatomy",
     "check_record",
@@ -34,5 +45,6 @@ __all__ = [
     "text_config",
     "unreached",
     "unreached_shares",
+    "untouched_experts",
     "weight_count",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, UnsupportedModelError
 from .checks import dense_sizes, is_dense_class
+from .experts import Experts, chosen_tokens, routed
 from .model import ModelAnatomy, read_attribute, resolve_anatomy, text_config
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ def check_record(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = N
     """Run a model on random input and compare it with what its record describes. The model is left as it was.
 
     Every attention that the record describes is computed by `DecomposedAttention` at full rank as well; the inner
-    channels of every MLP change places, which must not change what it puts out. Modules that a stage has replaced are
-    left out, and so are records of single matrices, which describe nothing that could be compared. Weights drawn at
-    random tell more than an untrained model's zero biases.
+    channels of every MLP change places, which must not change what it puts out; experts are added up one by one.
+    Modules that a stage has replaced are left out, and so are records of single matrices, which describe nothing that
+    could be compared. Weights drawn at random tell more than an untrained model's zero biases.
 
     Args:
         model: with weights, which the meta device has none of.
@@ -88,6 +89,9 @@ def _differences(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor]) ->
     if record.mlp is not None:
         path = anatomy.mlp_path(block, "down")
         yield path, "`up`, `gate` or `down` of its MlpAnatomy", _mlp_difference(anatomy, block, batch)
+    experts = anatomy.experts(block)
+    if experts is not None:
+        yield experts.path, "the `path` of its ExpertsAnatomy", _expert_difference(anatomy, experts, batch)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -161,3 +165,20 @@ def _mlp_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor])
     if not outputs:  # the random tokens did not come this way
         return 0.0
     return _relative(outputs[1], outputs[0])
+
+
+def _expert_difference(anatomy: ModelAnatomy, experts: Experts, batch: dict[str, Tensor]) -> float:
+    """How far the module of experts is from the sum of its experts' outputs by the router's weights."""
+    differences: list[float] = []
+
+    def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        hidden, index, weights = routed(args, kwargs)
+        wanted = torch.zeros_like(output, dtype=torch.float64)
+        for expert, tokens, places in chosen_tokens(index, experts.count):
+            out = experts.inner(hidden[tokens], expert) @ experts.down[expert].T
+            wanted.index_add_(0, tokens, (out * weights[tokens, places, None]).double())
+        differences.append(_relative(output.reshape(wanted.shape), wanted))
+
+    with _hooked(experts.module, compare):
+        _run(anatomy.model, batch, anatomy.record.decoder)
+    return max(differences, default=0.0)

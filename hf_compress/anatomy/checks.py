@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
+from .experts import expert_faults
 from .records import AttentionAnatomy
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def _faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
         yield from _attention_faults(anatomy, block)
     if anatomy.record.mlp is not None:
         yield from _mlp_faults(anatomy, block)
+    path = anatomy.experts_path(block)
+    if path is not None:
+        yield from expert_faults(path, anatomy.model.get_submodule(path))
 
 
 def is_dense_class(module: Any) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .records import Anatomy, AttentionAnatomy, MlpAnatomy, register_anatomy
+from .records import Anatomy, AttentionAnatomy, ExpertsAnatomy, MlpAnatomy, register_anatomy
 
 register_anatomy(Anatomy(model_types=("llama",)))
 register_anatomy(Anatomy(model_types=("mistral",), attention=AttentionAnatomy(sliding_window="config.sliding_window")))
@@ -48,12 +48,13 @@ register_anatomy(
         mlp=MlpAnatomy(up="c_fc", gate=None, down="c_proj"),
     )
 )
-# The experts are 3-D parameters of their own, and the router's choice of them is no matrix to be changed.
+# The router's choice of experts is no matrix to be changed.
 register_anatomy(
     Anatomy(
         model_types=("mixtral",),
         attention=AttentionAnatomy(sliding_window="config.sliding_window"),
         mlp=None,
+        experts=ExpertsAnatomy(path="mlp.experts", width_field="intermediate_size"),
     )
 )
 register_anatomy(
@@ -61,6 +62,7 @@ register_anatomy(
         model_types=("qwen3_moe",),
         attention=AttentionAnatomy(query_norm="q_norm", key_norm="k_norm", sliding_window="sliding_window"),
         mlp=None,
+        experts=ExpertsAnatomy(),
         # Blocks without experts.
         kinds=(("mlp.gate_proj?", "mlp"), ("mlp.up_proj?", "mlp"), ("mlp.down_proj?", "mlp")),
     )

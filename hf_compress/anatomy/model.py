@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .checks import check_parts
+from .experts import Experts
 from .records import Anatomy, AttentionAnatomy, MlpAnatomy, find_record, known_model_types
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ MATRICES = (nn.Linear, Conv1D, nn.Conv2d)
 def weight_count(module: Any) -> int:
     """Weights of the dense layer that a module is or stands for."""
     count = getattr(module, "dense_weights", None)
-    return int(module.weight.numel() if count is None else count)
+    if count is None:
+        experts = Experts.of(module)
+        count = module.weight.numel() if experts is None else experts.weights
+    return int(count)
 
 
 def dense_rows(dense: nn.Module) -> Float[Tensor, "rows columns"]:
@@ -126,6 +130,20 @@ class ModelAnatomy:
             if name == path or _has_module(self.block(index), name):
                 yield join(self.block_paths[index], name), kind
 
+    def experts_path(self, index: int) -> str | None:
+        """Path of the module that holds a block's experts; `None` for a block without."""
+        record = self.record.experts
+        if record is None:
+            return None
+        name = record.path.removesuffix("?")
+        present = name == record.path or _has_module(self.block(index), name)
+        return join(self.block_paths[index], name) if present else None
+
+    def experts(self, index: int) -> Experts | None:
+        """A block's experts, dense or smaller; `None` for a block without, or where they are packed."""
+        path = self.experts_path(index)
+        return None if path is None else Experts.of(self.model.get_submodule(path), path)
+
     def mlp_feeds_residual(self) -> bool:
         """Whether the down projection's output is added to the residual stream and no norm of the block follows."""
         field = self.mlp.feeds_residual_field
@@ -147,11 +165,19 @@ class ModelAnatomy:
             for path in [join(self.block_paths[index], name)]
         ]
 
+    def block_weights(self, index: int) -> list[tuple[str, str]]:
+        """`block_matrices` and the module of all experts, which is of kind "mlp"."""
+        experts = self.experts_path(index)
+        return self.block_matrices(index) + ([] if experts is None else [(experts, "mlp")])
+
     def linear_paths(self) -> Iterator[str]:
-        """The matrices of all blocks that a record names: what `reduction` counts."""
+        """The matrices of all blocks that a record names, and the modules of experts: what `reduction` counts."""
         for index in range(len(self)):
             yield from (path for path, _ in self.matrices_of_kind(index))
-            if not (self.record.attention or self.record.mlp or self.record.kinds):
+            experts = self.experts_path(index)
+            if experts is not None:
+                yield experts
+            elif not (self.record.attention or self.record.mlp or self.record.kinds):
                 yield from (path for path, _ in self.block_matrices(index))
 
     def outside(self, role: Literal["embedding", "head"]) -> str | None:
@@ -214,7 +240,10 @@ def resolve_anatomy(model: PreTrainedModel) -> ModelAnatomy:
             f"the record of {model_type!r} expects a projection at {', '.join(map(repr, first))}, which "
             f"{type(model).__name__} does not have. Found {_describe(model)}."
         )
+    experts = {anatomy.experts_path(index) for index in range(len(anatomy))}
     for path in anatomy.linear_paths():
+        if path in experts:
+            continue  # looked at below
         module = model.get_submodule(path)
         # A record of attention and MLP describes linear layers; one of single matrices any kind of them.
         if not isinstance(module, (nn.Linear, Conv1D) if record.attention or record.mlp else MATRICES):
@@ -263,7 +292,8 @@ def _block_paths(model: nn.Module, pattern: str) -> tuple[str, ...]:
 
 def require_parts(anatomy: ModelAnatomy, what: str) -> None:
     """Raise `UnsupportedModelError` for a family whose attention and MLP no record describes."""
-    if anatomy.record.attention is None and anatomy.record.mlp is None:
+    record = anatomy.record
+    if record.attention is None and record.mlp is None and record.experts is None:
         raise UnsupportedModelError(
             f"{what} needs to know attention and MLP of a block, and the record of "
             f"{described_type(anatomy.model)!r} ({type(anatomy.model).__name__}) describes only single "

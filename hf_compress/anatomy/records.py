@@ -109,6 +109,21 @@ class MlpAnatomy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsAnatomy:
+    """The experts of a block: one module with all of them in parameters of three dimensions, of a class that
+    Transformers makes with `use_experts_implementation`. A token goes through those that the router chooses, each
+    `down(activation(gate(x)) * up(x))`, and their outputs are added up by the router's weights.
+
+    Args:
+        path: the module, relative to the block; one that ends in `?` is in some blocks only.
+        width_field: the field of the model's config that holds an expert's width; `None` without one.
+    """
+
+    path: str = "mlp.experts?"
+    width_field: str | None = "moe_intermediate_size"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """One family of models.
 
@@ -118,7 +133,7 @@ class Anatomy:
             multimodal model its language part); a `*` in it stands for every member of a list of stages. Several
             paths, in the order of execution, where a model has several stacks: encoder and decoder, or two towers.
             Those that a model lacks are left out, but one must be there.
-        attention, mlp: the parts of a block; `None` for a part that the record does not describe.
+        attention, mlp, experts: the parts of a block; `None` for a part that the record does not describe.
         kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
             for methods that treat every matrix by itself. A path that ends in `?` is in some blocks only.
         left_dense: paths relative to the block of matrices that no method may touch, `?` as above: the family's class
@@ -136,6 +151,7 @@ class Anatomy:
     blocks: str | tuple[str, ...] = "layers"
     attention: AttentionAnatomy | None = AttentionAnatomy()
     mlp: MlpAnatomy | None = MlpAnatomy()
+    experts: ExpertsAnatomy | None = None
     kinds: tuple[tuple[str, str], ...] = ()
     left_dense: tuple[str, ...] = ()
     decoder: bool = True
@@ -198,6 +214,8 @@ def _check(record: Anatomy) -> None:
     found = None if record.mlp is None else _mlp_fault(record.mlp)
     if found is not None:
         raise ConfigurationError(f"MlpAnatomy: {found}.")
+    if record.experts is not None and not (record.experts.path or "").removesuffix("?"):
+        raise ConfigurationError(f"ExpertsAnatomy: `path` is {record.experts.path!r}, expected that of a module.")
 
 
 def _unnamed(part: AttentionAnatomy | MlpAnatomy, needed: tuple[str, ...], optional: tuple[str, ...]) -> str | None:

@@ -20,12 +20,11 @@ def unreached(anatomy: ModelAnatomy) -> list[str]:
 
 def unreached_shares(anatomy: ModelAnatomy) -> dict[str, float]:
     """Shares of all weights that no method reaches: those of two and more dimensions in the blocks that are no matrix
-    of a layer, such as experts in one 3-D parameter, and large parts outside the blocks but the token table and the
-    head."""
+    of a layer and no experts, and large parts outside the blocks but the token table and the head."""
     model = anatomy.model
     inside: dict[str, list[int]] = {}
     for index in range(len(anatomy)):
-        matrices = {path for path, _ in anatomy.block_matrices(index)}
+        matrices = {path for path, _ in anatomy.block_weights(index)}
         for name, module in anatomy.block(index).named_modules():
             if join(anatomy.block_paths[index], name) not in matrices:
                 for own, weights in _weights(module):
@@ -35,6 +34,22 @@ def unreached_shares(anatomy: ModelAnatomy) -> dict[str, float]:
     outside = {part: weights for part, weights in _outside(anatomy).items() if weights >= NAMED_SHARE * total}
     found.update((f"{part} (outside the blocks)", weights) for part, weights in outside.items())
     return {what: weights / total for what, weights in found.items()}
+
+
+def untouched_experts(anatomy: ModelAnatomy, total: int) -> list[str]:
+    """For a method that does not reach experts: those of the model, as a line of its report.
+
+    Args:
+        total: weights of the dense model.
+    """
+    found = [anatomy.experts(index) for index in range(len(anatomy))]
+    left = [experts for experts in found if experts is not None]
+    if not left:
+        return []
+    assert anatomy.record.experts is not None
+    what = f"{anatomy.record.experts.path.removesuffix('?')} ({type(left[0].module).__name__})"
+    share = sum(experts.weights for experts in left) / total
+    return [f"{what} in {len(left)} blocks: {share:.1%} of the model's weights stay as they are"]
 
 
 def _outside(anatomy: ModelAnatomy) -> dict[str, int]:

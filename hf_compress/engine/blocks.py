@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -38,8 +38,8 @@ IMAGE_POSITION = 3 * 16 * 16
 _TEXT_POSITIONS: ContextVar[Mapping[int, Tensor]] = ContextVar("text_positions", default=MappingProxyType({}))
 
 
-def real_tokens(states: Float[Tensor, "*tokens n"]) -> Float[Tensor, "real n"]:
-    """The rows of a hidden state that belong to text, without padding."""
+def real_tokens(states: Shaped[Tensor, "*tokens n"]) -> Shaped[Tensor, "real n"]:
+    """The rows of a hidden state, or of what goes with its tokens, that belong to text: without padding."""
     rows = states.reshape(-1, states.shape[-1])
     positions = _TEXT_POSITIONS.get().get(len(rows))
     return rows if positions is None else rows[positions.to(rows.device)]

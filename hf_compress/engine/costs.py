@@ -157,6 +157,11 @@ def count_costs(skeleton: PreTrainedModel, recipe: CompressionConfig, load: Work
                 "few large products. measure_time=True (--time) rehearses it on this machine."
             )
         anatomy = resolve_anatomy(skeleton)
+        if any(anatomy.experts_path(block) is not None for block in range(len(anatomy))):
+            raise ConfigurationError(
+                "on paper there are no experts: how many tokens each of them gets is not known from shapes. "
+                "measure_time=True (--time) rehearses a run on this machine."
+            )
         method = create_method(stage, anatomy)
         layout = method.expect().layout
         shapes = [block_shape(anatomy, block, layout) for block in range(len(anatomy))]

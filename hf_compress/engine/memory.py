@@ -102,17 +102,13 @@ class StagePeak:
         width = int(next(model.parameters()).element_size())
         hidden = int(getattr(config, "hidden_size", 0))
         blocks = [stored_bytes(anatomy.block(index)) for index in range(len(anatomy))]
-        weights = max(
-            sum(weight_count(model.get_submodule(path)) for path, _ in anatomy.block_matrices(index))
-            for index in range(len(anatomy))
-        )
+        solving = max(_solving(anatomy, index, width) for index in range(len(anatomy)))
         everything = count_weights(anatomy)[2]
         return cls(
             model_bytes=everything + expectation.growth_bytes,
             outside_bytes=everything - sum(blocks),
             block_bytes=max(blocks) + expectation.growth_bytes // len(anatomy),
-            # A matrix is solved in float32 or more, and a block's new modules stand beside the dense ones.
-            solving=weights * (4 + width) + expectation.statistics_bytes,
+            solving=solving + expectation.statistics_bytes,
             expectation=expectation,
             needs_calibration=method.needs_calibration,
             streams=(2 if method.sequential else 1) if method.collects else 0,
@@ -153,3 +149,12 @@ class StagePeak:
             logits = tokens * self.vocabulary * (2 * width + 8)
             return held + max(self.solving + running, self.expectation.statistics_bytes + kept + logits)
         return held + self.solving + running
+
+
+def _solving(anatomy: ModelAnatomy, block: int, width: int) -> int:
+    """Bytes beside a block's statistics: a matrix is solved in float32 or more, of experts one at a time, and the new
+    modules stand beside the dense ones."""
+    weights = sum(weight_count(anatomy.model.get_submodule(path)) for path, _ in anatomy.block_matrices(block))
+    experts = anatomy.experts(block)
+    several = 0 if experts is None else experts.weights * width + 4 * experts.weights // experts.count
+    return weights * (4 + width) + several

@@ -323,13 +323,13 @@ def _of_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _block_weights(anatomy: ModelAnatomy) -> Iterator[int]:
     for block in range(len(anatomy)):
-        yield sum(weight_count(anatomy.model.get_submodule(path)) for path, _ in anatomy.block_matrices(block))
+        yield sum(weight_count(anatomy.model.get_submodule(path)) for path, _ in anatomy.block_weights(block))
 
 
 def _rows(dense: ModelAnatomy, planned: nn.Module) -> Iterator[PlannedModule]:
     matrices = [(OUTSIDE, path, "embedding") for path in [dense.outside("embedding")] if path is not None]
     for block in range(len(dense)):
-        matrices += [(block, path, kind) for path, kind in dense.block_matrices(block)]
+        matrices += [(block, path, kind) for path, kind in dense.block_weights(block)]
     head = dense.outside("head")
     if head is not None and not dense.head_is_tied():
         matrices.append((OUTSIDE, head, "head"))

@@ -139,6 +139,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     #: Whether the statistics of a block are sums over calibration data, which several processes may add up: then each
     #: runs a part of the data and solves a part of the modules. Otherwise one process does all of it for the others.
     spreads: bool = False
+    #: Whether experts in parameters of three dimensions are compressed as well.
+    reaches_experts: ClassVar[bool] = False
     #: Weights of a block up to which two of them can be compressed in a few seconds, to see how long it takes.
     quick_weights: ClassVar[int] = 2**23
 

@@ -212,6 +212,10 @@ def _load_offloaded(asked: _Asked, start: _Start, device: torch.device, folder: 
         loaded: PreTrainedModel = kind.from_pretrained(
             asked.model, dtype=asked.dtype, device_map=device_map, offload_folder=folder, **asked.load_arguments
         )
+    except OSError as error:
+        if error.errno is not None:  # the system's, such as a full disk
+            raise
+        raise ConfigurationError(f"the weights of {str(asked.model)!r} cannot be read: {error}") from error
     finally:
         logger.setLevel(level)
     return loaded.eval()

@@ -117,6 +117,8 @@ def _support(recipes: list[dict[str, Any]], anatomy: ModelAnatomy, name: str) ->
         reasons = [*refusals, *getattr(getattr(method, "geometry", method), "left_alone", ())]
         if "kinds" in recipe:  # others are left alone because nobody asked for them
             reasons = [reason for reason in reasons if reason in refusals or reason.startswith(tuple(recipe["kinds"]))]
+        if anatomy.record.experts is not None and not method.reaches_experts:
+            reasons.append("experts stay dense")
         return Support("partly", reasons[0]) if reasons else Support("yes")
     return Support("no", refusals[0])
 

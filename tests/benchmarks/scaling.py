@@ -42,6 +42,7 @@ SERIES = {
 # Growth that the work has by itself: that of the blocks' matrices for the width, until factorisations outgrow them.
 LINEAR = ("blocks", "tokens")
 LENGTH = 256
+WORK = ("forward", "forward without head", "walk without statistics", "walk with all statistics")
 LLAMA = {"8B": (4096, 14336, 32), "70B": (8192, 28672, 80), "405B": (16384, 53248, 126)}
 
 RUN = r"""
@@ -89,7 +90,7 @@ from hf_compress.anatomy import resolve_anatomy, text_config
 from hf_compress.engine.blocks import BlockStream, require_finite
 from hf_compress.engine.freed import keep_heap_small
 from hf_compress.methods.modular.statistics import collect_statistics
-path, dtype, samples, length, size, threads, repeats = sys.argv[1:]
+path, dtype, samples, length, size, threads, repeats, *chosen = sys.argv[1:]
 samples, length, size = int(samples), int(length), int(size)
 torch.set_num_threads(int(threads))
 keep_heap_small()
@@ -114,6 +115,7 @@ def timed(work):
     return time.perf_counter() - wall, time.process_time() - cpu
 work = {"forward": lambda: forward(model), "forward without head": lambda: forward(model.base_model),
     "walk without statistics": lambda: walk(set()), "walk with all statistics": lambda: walk(ALL)}
+work = {name: run for name, run in work.items() if name in chosen}
 with torch.no_grad():
     model(ids[:1, :256])
 rounds = [{name: timed(run) for name, run in work.items()} for _ in range(int(repeats))]
@@ -206,6 +208,7 @@ def cost(arguments: argparse.Namespace) -> None:
     for dtype in arguments.dtype:
         numbers = (arguments.num_samples, arguments.sequence_length, arguments.batch_size, arguments.threads)
         values = [str(arguments.cost), dtype, *(str(number) for number in numbers), str(arguments.repeats)]
+        values += arguments.work
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "GOMP_SPINCOUNT": "0"}
         command = [sys.executable, "-c", COST, *values]
         done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
@@ -215,8 +218,9 @@ def cost(arguments: argparse.Namespace) -> None:
             seconds = {name: statistics.median(one[position] for one in runs) for name, runs in tries.items()}
             line[f"{clock} seconds"] = {name: round(value, 2) for name, value in seconds.items()}
             walk = seconds["walk with all statistics"]
-            line[f"{clock} ratio to forward"] = round(walk / seconds["forward"], 3)
-            line[f"{clock} ratio to forward without head"] = round(walk / seconds["forward without head"], 3)
+            for name in WORK[:2]:
+                if name in seconds:
+                    line[f"{clock} ratio to {name}"] = round(walk / seconds[name], 3)
         print(json.dumps(line), flush=True)
 
 
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="with --cost: the last and others")
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--kinds", default="auto", help="with --paper: auto (probes), or some of mlp,query_key,…")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])

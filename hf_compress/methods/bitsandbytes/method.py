@@ -26,7 +26,7 @@ class BitsAndBytes(Method[BitsAndBytesStage, None]):
     config_class = BitsAndBytesStage
     needs_calibration = False
     needs_whole_model = "makes tensors that bitsandbytes has to place itself"
-    continues = ("linear", "conv1d", "attention")
+    continues = ("linear", "conv1d", "experts", "attention")
     leaves = ("bnb_linear4bit", "bnb_linear8bit")
 
     def __init__(self, config: BitsAndBytesStage, anatomy: ModelAnatomy) -> None:

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...anatomy import ModelAnatomy, dense_rows, weight_count
+from ...anatomy import Experts, ModelAnatomy, dense_rows, weight_count
 from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions, warn_unreached
+from ...engine.experts import ExpertStatistics, Place
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.results import merged
@@ -25,11 +26,13 @@ from ..sharing.modules import other_loops
 from ..sharing.stepping import running_blocks
 from . import mathematics
 from .allocation import GRADIENT_TOKENS, allocate_bits, estimate_losses
-from .configuration import TERNARY, CodebookConfig
+from .coded import Coded
+from .configuration import TERNARY, Bits, CodebookConfig
 from .expected import expected_layout
+from .experts import CodebookExperts
 from .learning import code_matrices
 from .modules import CodebookConv2d, CodebookEmbedding, CodebookLinear, CodebookSharedLinear, coded_layer
-from .parts import Part, format_of, parts_of_block, parts_outside
+from .parts import Part, coded_experts, format_of, parts_of_block, parts_outside
 from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block
 
@@ -46,10 +49,12 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     """k-means start, assignment with error feedback, then codebooks, scales and codes learned together."""
 
     config_class = CodebookConfig
-    continues = ("linear", "conv1d", "attention", *LayerSharing.leaves)
+    continues = ("linear", "conv1d", "experts", "attention", *LayerSharing.leaves)
     quick_weights = 2**20
+    reaches_experts = True
     leaves = tuple(
-        layer.layout_type for layer in (CodebookLinear, CodebookSharedLinear, CodebookConv2d, CodebookEmbedding)
+        layer.layout_type
+        for layer in (CodebookLinear, CodebookSharedLinear, CodebookConv2d, CodebookEmbedding, CodebookExperts)
     )
 
     def __init__(self, config: CodebookConfig, anatomy: ModelAnatomy) -> None:
@@ -83,9 +88,12 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def expect(self) -> Expectation:
         layout, slack = expected_layout(self.config, self.anatomy, [*itertools.chain(*self.parts), *self.outside])
         modules = [self.anatomy.model.get_submodule(p.path) for p in itertools.chain(*self.parts, self.outside)]
-        width = max(dense_rows(module).shape[1] for module in modules)
-        # The Gram, its inverse's factor and the solver's copy.
-        statistics = 3 * 8 * width**2 if self.needs_calibration else 0
+        experts = [found for found in map(Experts.of, modules) if found is not None]
+        widths = [dense_rows(module).shape[1] for module in modules if Experts.of(module) is None]
+        width = max([*widths, *(max(found.width, found.hidden) for found in experts)])
+        # The Gram, its inverse's factor and the solver's copy; of experts, those of all.
+        sums = max((found.count * 8 * (found.width**2 + found.hidden**2) for found in experts), default=0)
+        statistics = 3 * 8 * width**2 + sums if self.needs_calibration else 0
         gradients = GRADIENT_TOKENS if self.config.average_bits is not None else 0
         return Expectation(layout, width, statistics, gradient_tokens=gradients, slack_bytes=slack)
 
@@ -139,14 +147,17 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def collect(self, block: int) -> AbstractContextManager[InputStatistics | None]:
         if not self.needs_calibration:
             return nullcontext()
+        experts = self.anatomy.experts(block)
         paths = [part.path for part in self.parts[block]]
+        own = None if experts is None or experts.path not in paths else experts
+        paths = [path for path in paths if own is None or path != own.path]
         last = None
         if self.anatomy.record.mlp is not None and self.anatomy.mlp_feeds_residual():
             last = self.anatomy.mlp_path(block, "down")
         if not any(path in self.other_loops for path in paths):
-            return collect_inputs(self.anatomy.model, paths, last if last in paths else None)
+            return collect_inputs(self.anatomy.model, paths, last if last in paths else None, experts=own)
         # What the stream has lost at one loop is nothing that the others should make up for.
-        return collect_inputs(self.anatomy.model, paths, None, self._run_all_loops, self.other_loops)
+        return collect_inputs(self.anatomy.model, paths, None, self._run_all_loops, self.other_loops, own)
 
     def _run_all_loops(self) -> None:
         """The whole model on the calibration data, as far as it is compressed by now."""
@@ -166,7 +177,8 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def compress_block(self, block: int, statistics: InputStatistics | None) -> BlockResult:
         if self.sequential and self.config.block_epochs:  # for `refine_block`, which lets go of them
             get = self.anatomy.model.get_submodule
-            self._dense = {part.path: dense_rows(get(part.path)) for part in self.parts[block]}
+            coded = {part.path: get(part.path) for part in self.parts[block]}
+            self._dense = {path: dense_rows(module) for path, module in coded.items() if Experts.of(module) is None}
         return merged(task() for task in self.tasks(block, statistics))
 
     def tasks(self, block: int, statistics: InputStatistics | None) -> list[Callable[[], BlockResult]]:
@@ -179,8 +191,9 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def _code_together(
         self, block: int, number: int, parts: list[Part], statistics: InputStatistics | None
     ) -> BlockResult:
+        experts = Experts.of(self.anatomy.model.get_submodule(parts[0].path), parts[0].path)
         gram = drift = None
-        if statistics is not None:
+        if statistics is not None and experts is None:
             gram = statistics.grams.get(parts[0].path)
             if gram is None:  # such as cross attention without an encoder
                 warn_unreached([part.path for part in parts])
@@ -188,14 +201,54 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         result = BlockResult({}, [])
         # Of its own: the pieces may be worked on by several processes.
         generator = torch.Generator().manual_seed(self.config.seed + block + SEEDS_APART * number)
-        self._code(block, parts, gram, drift, generator, result)
+        if experts is None:
+            self._code(block, parts, gram, drift, generator, result)
+        else:
+            seen = None if statistics is None else statistics.experts
+            self._code_experts(block, parts[0], experts, seen, generator, result)
         return result
+
+    def _code_experts(
+        self,
+        block: int,
+        part: Part,
+        experts: Experts,
+        seen: ExpertStatistics | None,
+        generator: torch.Generator,
+        result: BlockResult,
+    ) -> None:
+        """The experts of a block, one matrix after the other, added to `result` with a row of the report for each of
+        the two kinds of matrices."""
+        layer = coded_experts(self.config, experts, part.bits)
+        if seen is not None:
+            seen.warn_rare(part.path)
+        places: tuple[Place, Place] = ("input", "inner")
+        for name, weights, place in zip(layer.matrices, (experts.up, experts.down), places, strict=True):
+            floor = None if seen is None else seen.floors(place)
+            lost = energy = 0.0
+            for expert in range(experts.count):
+                gram = None if seen is None or floor is None else seen.gram(place, expert, floor)
+                weight = weights[expert].float()
+                try:
+                    coded, gram = self._coded(part.bits, [weight], gram, None, generator)
+                except NumericalError as failure:
+                    raise NumericalError(f"{part.path}: expert {expert}: {failure}.") from failure
+                layer.fill(name, expert, coded[0])
+                lost += mathematics.output_energy(weight - coded[0].matrix(), gram)
+                energy += mathematics.output_energy(weight, gram)
+            count, width = weights.numel(), weights.element_size()
+            stored, error = (count * width, layer.matrix_bytes(name)), lost / energy if energy > 0 else 0.0
+            sizes = (8 * width, part.bits)
+            result.rows.append(
+                ModuleReport(block, f"{part.path}.{name}", part.kind, *sizes, count, count, error, *stored)
+            )
+        result.modules[part.path] = layer
 
     def refine_block(
         self, block: int, result: BlockResult, stream: BlockStream, targets: Sequence[Tensor]
     ) -> BlockResult:
         weights, self._dense = self._dense, {}
-        if not self.config.block_epochs or not self.parts[block]:
+        if not self.config.block_epochs or not weights:
             return result
         return tune_block(self.config, block, weights, result, stream, targets)
 
@@ -221,16 +274,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         dense = [self.anatomy.model.get_submodule(part.path) for part in parts]
         weights = [dense_rows(module).float() for module in dense]
         try:
-            if gram is not None and not gram.diagonal().any():
-                gram = None  # inputs that are always zero tell nothing: the weights themselves count
-            if gram is not None:
-                gram = mathematics.damped(gram.to(weights[0].device), self.config.damping)
-                if drift is not None:
-                    lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram)).T.to(weights[0])
-                    # Weak inputs could make up for the drift with huge weights only.
-                    weights[0] = weights[0] + lost * (weights[0].norm() / lost.norm()).clamp_max(1).nan_to_num(0)
-            codes = 3 if parts[0].bits == TERNARY else 2 ** int(parts[0].bits)
-            coded = code_matrices(self.config, weights, gram, codes, generator)
+            coded, gram = self._coded(parts[0].bits, weights, gram, drift, generator)
         except NumericalError as failure:
             raise NumericalError(f"{parts[0].path}: {failure}.") from failure
         for part, module, weight, own in zip(parts, dense, weights, coded, strict=True):
@@ -240,3 +284,24 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             error = mathematics.relative_error(weight, own.matrix(), gram)
             sizes, stored = (8 * width, part.bits), (count * width, layer.stored_bytes())
             result.rows.append(ModuleReport(block, part.path, part.kind, *sizes, count, count, error, *stored))
+
+    def _coded(
+        self,
+        bits: Bits,
+        weights: list[Tensor],
+        gram: Float[Tensor, "n n"] | None,
+        drift: Float[Tensor, "n d"] | None,
+        generator: torch.Generator,
+    ) -> tuple[list[Coded], Float[Tensor, "n n"] | None]:
+        """Matrices over the same inputs as codes, and the damped Gram that they are for; `weights` then hold what the
+        drift asks for. Raises `NumericalError`."""
+        if gram is not None and not gram.diagonal().any():
+            gram = None  # inputs that are always zero tell nothing: the weights themselves count
+        if gram is not None:
+            gram = mathematics.damped(gram.to(weights[0].device), self.config.damping)
+            if drift is not None:
+                lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram)).T.to(weights[0])
+                # Weak inputs could make up for the drift with huge weights only.
+                weights[0] = weights[0] + lost * (weights[0].norm() / lost.norm()).clamp_max(1).nan_to_num(0)
+        codes = 3 if bits == TERNARY else 2 ** int(bits)
+        return code_matrices(self.config, weights, gram, codes, generator), gram

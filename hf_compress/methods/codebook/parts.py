@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...anatomy import ModelAnatomy, dense_rows
+from ...anatomy import Experts, ModelAnatomy, dense_rows
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
-from .configuration import CODED_KINDS, OUTSIDE, Bits, CodebookConfig, CodedKind
+from .configuration import CODED_KINDS, OUTSIDE, TERNARY, Bits, CodebookConfig, CodedKind
+from .experts import CodebookExperts
 from .modules import coded_layer
 from .weight import CodebookFormat
 
@@ -35,6 +37,12 @@ class Part:
 def format_of(config: CodebookConfig, dense: nn.Module, bits: Bits, books: int | None = None) -> CodebookFormat:
     """How a matrix is kept; `books` as the recipe expects it unless it is given."""
     rows, columns = dense_rows(dense).shape
+    return format_of_size(config, rows, columns, bits, books)
+
+
+def format_of_size(
+    config: CodebookConfig, rows: int, columns: int, bits: Bits, books: int | None = None
+) -> CodebookFormat:
     return CodebookFormat(
         bits=bits,
         books=-(-rows // config.rows_per_codebook) if books is None else books,
@@ -44,11 +52,27 @@ def format_of(config: CodebookConfig, dense: nn.Module, bits: Bits, books: int |
     )
 
 
+def coded_experts(config: CodebookConfig, experts: Experts, bits: Bits, device: Any = None) -> CodebookExperts:
+    """Experts to be filled, on the dense ones' device or another. Raises `ValueError` for what has no packed form."""
+    up, down = (
+        format_of_size(config, weight.shape[1], weight.shape[2], bits) for weight in (experts.up, experts.down)
+    )
+    return CodebookExperts(experts.module, up, down, device=device)
+
+
+def planned_layer(config: CodebookConfig, dense: nn.Module, bits: Bits) -> Any:
+    """The packed layer or the packed experts without memory. Raises `ValueError` for what has no packed form."""
+    experts = Experts.of(dense)
+    if experts is not None:
+        return coded_experts(config, experts, bits, device="meta")
+    return coded_layer(dense, None, format_of(config, dense, bits), device="meta")
+
+
 def parts_of_block(config: CodebookConfig, anatomy: ModelAnatomy, block: int) -> tuple[list[Part], list[str]]:
     """The matrices of a block, and those left alone with the reason. Raises `ConfigurationError` for one that is too
     small."""
     parts, left_alone = [], []
-    for path, kind in anatomy.block_matrices(block):
+    for path, kind in anatomy.block_weights(block):
         assert kind in CODED_KINDS
         if getattr(anatomy.model.get_submodule(path), "source_path", None) is not None:
             continue  # its matrix is another block's, where it is coded
@@ -113,14 +137,20 @@ def _part(
         return f"{path}: excluded"
     dense = anatomy.model.get_submodule(path)
     try:
-        format = format_of(config, dense, bits)
-        coded_layer(dense, None, format, device="meta")
+        planned_layer(config, dense, bits)
     except ValueError as error:
         raise ConfigurationError(f"{path!r} {error}. Add it to modules_to_not_convert.") from error
-    columns = dense_rows(dense).shape[1]
-    if columns < format.codes:
+    experts = Experts.of(dense)
+    if experts is not None and config.average_bits is not None:
         raise ConfigurationError(
-            f"{path!r} has rows of {columns} weights, shorter than a codebook of {format.codes} codes. "
+            f"{path!r} has experts, and `average_bits` cannot choose bits for them yet. Give `bits`, a number or one "
+            "for each kind, or add it to modules_to_not_convert."
+        )
+    columns = dense_rows(dense).shape[1] if experts is None else min(experts.width, experts.hidden)
+    codes = 3 if bits == TERNARY else 2 ** int(bits)
+    if columns < codes:
+        raise ConfigurationError(
+            f"{path!r} has rows of {columns} weights, shorter than a codebook of {codes} codes. "
             "Add it to modules_to_not_convert, or take fewer bits."
         )
     return Part(path, kind, bits, tied_head)

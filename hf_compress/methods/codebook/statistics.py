@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...anatomy import Experts
 from ...calibration.statistics import gram
 from ...engine.blocks import real_tokens
+from ...engine.experts import ExpertStatistics, collect_experts
 
 
 @dataclass
@@ -23,11 +25,13 @@ class InputStatistics:
             share one.
         drift: of the matrix at `drift_path`, `Σ xᵀ (y_dense − y)` with the block's outputs y, (columns, d_model): what
             the residual stream has lost until here and this matrix could give back.
+        experts: what the experts of the block see.
     """
 
     drift_path: str | None = None
     grams: dict[str, Float[Tensor, "columns columns"]] = field(default_factory=dict)
     drift: Float[Tensor, "columns d_model"] | None = None
+    experts: ExpertStatistics | None = None
     _first_of: dict[str, str] = field(default_factory=dict)
     _inputs: dict[str, Tensor] = field(default_factory=dict)
 
@@ -61,6 +65,8 @@ class InputStatistics:
     def sums(self) -> dict[str, Tensor]:
         """Everything that adds up over calibration data, by name; a Gram that matrices share once."""
         found = {path: product for path, product in self.grams.items() if path not in self._first_of}
+        if self.experts is not None:
+            found.update({f"experts {name}": tensor for name, tensor in self.experts.sums().items()})
         return found if self.drift is None else {**found, "drift": self.drift}
 
     def finish(self) -> None:
@@ -77,19 +83,24 @@ def collect_inputs(
     drift_path: str | None,
     run_elsewhere: Callable[[], None] | None = None,
     elsewhere: Mapping[str, Sequence[str]] | None = None,
+    experts: Experts | None = None,
 ) -> Iterator[InputStatistics]:
     """Attach hooks to matrices; padding tokens are left out.
 
     Args:
         run_elsewhere: runs the model at other places that use the same matrices, before the context is entered.
         elsewhere: those places by the path of the matrix.
+        experts: of the block, to be measured as well.
     """
     statistics = InputStatistics(drift_path)
     if run_elsewhere is not None and elsewhere:
         with _observed(model, [(path, other) for path in paths for other in elsewhere.get(path, ())], statistics):
             run_elsewhere()
     try:
-        with _observed(model, [(path, path) for path in paths], statistics):
+        with ExitStack() as stack:
+            stack.enter_context(_observed(model, [(path, path) for path in paths], statistics))
+            if experts is not None:
+                statistics.experts = stack.enter_context(collect_experts(experts, ("input", "inner")))
             yield statistics
     finally:
         statistics.finish()

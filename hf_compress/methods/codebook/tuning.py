@@ -106,7 +106,8 @@ def tune_block(
         targets: the dense model's outputs of the block.
     """
     module = stream.anatomy.block(block)
-    layers: dict[str, Any] = dict(result.modules)
+    # Experts, whose tokens a step changes, stay as they are.
+    layers: dict[str, Any] = {path: layer for path, layer in result.modules.items() if isinstance(layer, PackedWeight)}
     prefix = f"{stream.anatomy.block_paths[block]}."
     tables = {id(getattr(layer, name)) for layer in layers.values() for name in FORMAT_TENSORS}
     beside = {

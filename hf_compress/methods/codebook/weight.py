@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +86,22 @@ class CodebookFormat:
             integer_scales=spec["integer_scales"],
             trainable=spec.get("trainable", False),
         )
+
+
+@contextmanager
+def keeping_formats(module: nn.Module, names: tuple[str, ...] = FORMAT_TENSORS) -> Iterator[None]:
+    """Around a cast or a move: the format's floats keep their dtype."""
+    kept = {name: getattr(module, name) for name in names}
+    kept = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
+    yield
+    for name, before in kept.items():
+        after = getattr(module, name)
+        if after.dtype == before.dtype:
+            continue
+        if name in module._parameters:
+            after.data = before.to(after.device)
+        else:
+            module._buffers[name] = before.to(after.device)
 
 
 class PackedWeight(nn.Module):
@@ -199,6 +216,10 @@ class PackedWeight(nn.Module):
         return {**self.format.spec(), **shape_spec(self)}
 
     @property
+    def has_trainable_tables(self) -> bool:
+        return self.format.trainable
+
+    @property
     def dense_weights(self) -> int:
         """Weights of the dense layer that the codes stand for."""
         return int(self.scales.shape[0]) * self.columns
@@ -241,17 +262,8 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves go to every tensor; casts leave the format's floats as they are."""
-        kept = {name: getattr(self, name) for name in FORMAT_TENSORS}
-        kept = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype == before.dtype:
-                continue
-            if name in self._parameters:
-                after.data = before.to(after.device)
-            else:
-                self._buffers[name] = before.to(after.device)
+        with keeping_formats(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def reset_parameters(self) -> None:

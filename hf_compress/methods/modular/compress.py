@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy import ModelAnatomy, dense_rows, join
+from ...anatomy import Experts, ModelAnatomy, dense_rows, join
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult
 from ...errors import NumericalError
+from ...experts import ResizedExperts
 from ...resized import ResizedConv1D, ResizedLinear
 from . import mathematics
 from .configuration import Kind, ModularDecompositionConfig
@@ -45,7 +46,11 @@ def compress_block(
         NumericalError: a factorisation that failed with every fallback, or non-finite statistics; names the module.
     """
     result = BlockResult({}, [])
-    if "mlp" in sizes:
+    experts = anatomy.experts(block) if "mlp" in sizes else None
+    if experts is not None:
+        with naming(experts.path):
+            _compress_experts(config, block, experts, sizes["mlp"], statistics, result)
+    elif "mlp" in sizes:
         path = anatomy.mlp_path(block, "down")
         with naming(path):
             _compress_mlp(anatomy, config, block, sizes["mlp"], statistics, result)
@@ -102,18 +107,63 @@ def _compress_mlp(
     result.rows.append(ModuleReport(block, place, "mlp", down.shape[1], width, before, after, error))
 
 
+def _compress_experts(
+    config: ModularDecompositionConfig,
+    block: int,
+    experts: Experts,
+    width: int,
+    statistics: BlockStatistics,
+    result: BlockResult,
+) -> None:
+    """Every expert keeps as many channels, each those that its own tokens need."""
+    seen = statistics.experts
+    assert seen is not None
+    seen.warn_rare(experts.path)
+    floor = seen.floors("inner")
+    up, down = experts.up, experts.down
+    gates = 2 if experts.gated else 1
+    small_up = up.new_empty((experts.count, gates * width, experts.hidden))
+    small_down = down.new_empty((experts.count, experts.hidden, width))
+    lost = energy = 0.0
+    for expert in range(experts.count):
+        # Solved again for every width that is tried: the factors of all experts would be larger than the block.
+        try:
+            solution = _solve(config, seen.gram("inner", expert, floor), down[expert], None)
+        except NumericalError as failure:
+            raise NumericalError(f"expert {expert}: {failure}") from failure
+        kept, refitted = solution.keep(width)
+        kept = kept.to(up.device)
+        small_up[expert] = torch.cat([up[expert, gate * experts.width + kept] for gate in range(gates)])
+        small_down[expert] = refitted.T.to(down)
+        lost += solution.energy * float(solution.errors[width])
+        energy += solution.energy
+    new = ResizedExperts.from_tensors(experts.module, small_up, small_down)
+    result.modules[experts.path] = new
+    error, after = lost / energy if energy > 0 else 0.0, small_up.numel() + small_down.numel()
+    result.rows.append(ModuleReport(block, experts.path, "mlp", experts.width, width, experts.weights, after, error))
+
+
 def _solve_mlp(
     config: ModularDecompositionConfig, statistics: BlockStatistics, down: Tensor
 ) -> mathematics.NystromSolutions:
-    """Order the channels and factorise, once for all widths that a block may be tried at."""
     gram, statistics.mlp = statistics.mlp, None  # a gigabyte on a 7B model: let go of as soon as it has served
     assert gram is not None
+    return _solve(config, gram, down, statistics.drift)
+
+
+def _solve(
+    config: ModularDecompositionConfig,
+    gram: Float[Tensor, "width width"],
+    down: Float[Tensor, "d_model width"],
+    lost: Float[Tensor, "width d_model"] | None,
+) -> mathematics.NystromSolutions:
+    """Order the channels and factorise, once for all widths that a block may be tried at."""
     wide = down.T.to(gram)
     if config.channel_score == "ridge_leverage":
         scores = mathematics.ridge_leverage_scores(gram, config.ridge)
     else:
         scores = mathematics.output_error_scores(gram, wide, config.ridge)
-    drift = None if statistics.drift is None else DRIFT_SHARE * statistics.drift.to(gram)
+    drift = None if lost is None else DRIFT_SHARE * lost.to(gram)
     order = scores.argsort(descending=True, stable=True)
     gram, wide = gram[order[:, None], order], wide[order]
     drift = None if drift is None else drift[order]

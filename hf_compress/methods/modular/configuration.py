@@ -36,7 +36,7 @@ class ModularDecompositionConfig(MethodConfig):
             the time; `"auto"` is sequential with `allocation="search"`, dense otherwise.
         ridge (`float`, defaults to 1e-3): relative to the mean diagonal of the Gram matrix.
         rank_multiple (`int`, *optional*): sizes are multiples of this. By default 32 for MLP widths and 8 for head
-            sizes, less on small models: fast kernels want it.
+            sizes, less on small models: fast kernels want it. Widths of experts are multiples of 8 in any case.
         portable (`bool`, defaults to `False`): MLPs only, one width for all blocks. The result is an ordinary model of
             its class with a smaller width in its config, which needs no hf_compress to load.
         search_minutes (`float`, defaults to 10): wall time that `allocation="search"` may take.

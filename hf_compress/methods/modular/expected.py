@@ -7,6 +7,7 @@ from typing import Any
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import ModelAnatomy, dense_rows
+from ...experts import ResizedExperts
 from ...resized import ResizedConv1D, ResizedLinear
 from .configuration import Kind
 from .heads import Heads
@@ -26,6 +27,11 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
         reduced = {kind: size for kind, size in own.items() if size < dense[block, kind]}
         if reduced.keys() - {"mlp"}:
             entries += _attention_entries(anatomy, block, reduced)
+        experts = anatomy.experts(block) if "mlp" in reduced else None
+        if experts is not None:
+            spec = {"width": reduced["mlp"]}
+            entries.append({"path": experts.path, "type": ResizedExperts.layout_type, "spec": spec})
+            continue
         for role in anatomy.mlp.roles if "mlp" in reduced else ():
             path = anatomy.mlp_path(block, role)
             layer = get(path)

@@ -89,12 +89,14 @@ class NystromSolutions:
         factor: Cholesky factor L of the reordered `C + λI`, (n, n).
         projected: `L⁻¹ (C + λI) W_d` (with drift: plus `L⁻¹ Hᵀ D`) in that order, (n, d_model).
         errors: `‖H W_d − H S W_d'‖² / ‖H W_d‖²`, ridge included, for 0 to n kept channels, (n + 1,).
+        energy: `‖H W_d‖²`, ridge included.
     """
 
     order: Int[Tensor, " n"]
     factor: Float[Tensor, "n n"]
     projected: Float[Tensor, "n d_model"]
     errors: Float[Tensor, " n_plus_1"]
+    energy: float
 
     @classmethod
     def of(
@@ -129,7 +131,7 @@ class NystromSolutions:
         errors = torch.cat((lost, lost.new_zeros(1))) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
         if drift is not None:
             projected = projected + torch.linalg.solve_triangular(factor, drift, upper=False)
-        return cls(order, factor, projected, errors)
+        return cls(order, factor, projected, errors, float(energy.sum()))
 
     def keep(self, count: int) -> tuple[Int[Tensor, " count"], Float[Tensor, "count d_model"]]:
         """The kept channels in ascending order and their rows of `W_d'`."""

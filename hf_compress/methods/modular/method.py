@@ -18,6 +18,7 @@ from ...engine.blocks import real_tokens, take_tokens
 from ...engine.registry import register_method
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
+from ...experts import ResizedExperts, dense_class
 from ...resized import ResizedConv1D, ResizedLinear
 from .compress import compress_block
 from .configuration import KINDS, Kind, ModularDecompositionConfig
@@ -46,8 +47,9 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
     """Nyström for MLPs, CR or SVD for query/key, SVD for value/output, sizes by block influence."""
 
     config_class = ModularDecompositionConfig
-    leaves = (ResizedLinear.layout_type, ResizedConv1D.layout_type, DecomposedAttention.layout_type)
+    leaves = tuple(kind.layout_type for kind in (ResizedLinear, ResizedConv1D, ResizedExperts, DecomposedAttention))
     spreads = True
+    reaches_experts = True
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
@@ -72,7 +74,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         return [kind for kind in KINDS if kind in self.config.kinds]
 
     def _check_portable(self) -> None:
-        field = self.anatomy.mlp.width_field
+        field = self._width_field()
         widths = {m.size for m in self.geometry.modules if m.kind == "mlp"}
         blocks = sum(m.kind == "mlp" for m in self.geometry.modules)
         if len(widths) != 1 or blocks != len(self.anatomy):
@@ -92,6 +94,11 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
                 f"portable=True changes {field!r} of the model's config, which is also the width of {outside[0]!r}, "
                 "outside the blocks: the result could not be loaded. Leave `portable` out."
             )
+
+    def _width_field(self) -> str | None:
+        record = self.anatomy.record
+        part = record.mlp or record.experts
+        return None if part is None else part.width_field
 
     def _other_users_of(self, field: str, width: int) -> list[str]:
         """Parameters outside the blocks whose shapes change with the field of the config."""
@@ -119,12 +126,15 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             # Both this guess and the run's sizes are within half a step of the total.
             slack = max((m.multiple * m.cost for m in geometry.modules), default=0) * dtype_bytes
             slack += attention_extras(self.anatomy, self._kinds())
-        # The float64 Gram, its factor and its inverse.
+        held = 8 * width**2
+        experts = [self.anatomy.experts(m.block) for m in geometry.modules if m.kind == "mlp"]
+        several = max((found.count for found in experts if found is not None), default=0)
+        # The float64 Gram, its factor and its inverse; of experts the Grams of all, and what solves one.
         judges = not self._shares_are_fixed() or config.allocation == "search" or config.temperature == "auto"
         return Expectation(
             layout_for_sizes(self.anatomy, geometry, sizes),
             largest_gram=width,
-            statistics_bytes=3 * 8 * width**2,
+            statistics_bytes=(several + 3) * held,
             judges=judges,
             slack_bytes=slack,
         )
@@ -276,10 +286,15 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         """In portable mode, turn the MLPs into the ones that the model's class builds by itself."""
         if not self.config.portable or not self.needs_calibration:
             return
-        model, mlp = self.anatomy.model, self.anatomy.mlp
-        assert mlp.width_field is not None
+        model, field = self.anatomy.model, self._width_field()
+        assert field is not None
         for block in range(len(self.anatomy)):
-            for role in mlp.roles:
+            experts = self.anatomy.experts(block)
+            if experts is not None:
+                experts.module.__class__ = dense_class(experts.module)
+                inputs = experts.width
+                continue
+            for role in self.anatomy.mlp.roles:
                 path = self.anatomy.mlp_path(block, role)
                 layer: Any = model.get_submodule(path)
                 with torch.device("meta"):
@@ -288,9 +303,9 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
                 plain.weight, plain.bias = layer.weight, layer.bias
                 model.set_submodule(path, plain)
             owner = model.get_submodule(path.rpartition(".")[0])
-            if hasattr(owner, mlp.width_field):
-                setattr(owner, mlp.width_field, inputs)
-        setattr(text_config(model), mlp.width_field, inputs)
+            if hasattr(owner, field):
+                setattr(owner, field, inputs)
+        setattr(text_config(model), field, inputs)
 
 
 def block_influence(session: Session) -> torch.Tensor:

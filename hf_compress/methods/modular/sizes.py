@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...anatomy import ModelAnatomy, dense_rows, read_attribute
+from ...anatomy import ModelAnatomy, dense_rows, read_attribute, weight_count
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
 from .allocation import default_multiple, fill_to_cap, influence_reductions, realise
@@ -17,6 +18,8 @@ from .heads import Heads, turned_share
 
 WIDTH_MULTIPLE = 32
 HEAD_MULTIPLE = 8
+# Torch multiplies with all experts at once, and wants rows of whole 16 bytes: 8 numbers in half precision.
+EXPERT_MULTIPLE = 8
 
 # Sizes of all blocks: for each block, the size of each kind that it has.
 Sizes = list[dict[Kind, int]]
@@ -99,6 +102,9 @@ class Geometry:
 def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
     """The projections of a kind; none if the family's record has no such module."""
     if kind == "mlp":
+        experts = anatomy.experts(block)
+        if experts is not None:
+            return [experts.path]
         return [] if anatomy.record.mlp is None else [anatomy.mlp_path(block, role) for role in anatomy.mlp.roles]
     if anatomy.record.attention is None:
         return []
@@ -109,7 +115,7 @@ def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
 def _weights_of_kind(anatomy: ModelAnatomy, block: int, kind: Kind, paths: list[str]) -> int:
     """Weights of a block's matrices of a kind; of a fused one, the part that is of it."""
     if kind == "mlp":
-        return sum(dense_rows(anatomy.model.get_submodule(path)).numel() for path in paths)
+        return sum(weight_count(anatomy.model.get_submodule(path)) for path in paths)
     return Heads.of_block(anatomy, block).weight_count(kind)
 
 
@@ -122,8 +128,9 @@ def _module(
     if excluded is not None:
         return f"{kind} of block {block}: {excluded!r} is in modules_to_not_convert"
     weights = _weights_of_kind(anatomy, block, kind, paths)
+    experts = anatomy.experts(block)
     if kind == "mlp":
-        size = dense_rows(get(paths[-1])).shape[1]
+        size = dense_rows(get(paths[-1])).shape[1] if experts is None else experts.width
         multiple = default_multiple(size, WIDTH_MULTIPLE, steps=16)
     else:
         reason = _why_left_alone(anatomy, block, kind)
@@ -134,6 +141,8 @@ def _module(
     multiple = config.rank_multiple or multiple
     if kind == "query_key":
         multiple += multiple % 2
+    if kind == "mlp" and experts is not None:
+        multiple = math.lcm(multiple, EXPERT_MULTIPLE)
     return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))
 
 

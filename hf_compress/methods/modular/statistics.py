@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...anatomy import ModelAnatomy
 from ...calibration.statistics import gram, head_grams
 from ...engine.blocks import real_tokens
+from ...engine.experts import ExpertStatistics, collect_experts
 from .configuration import Kind
 from .heads import Heads, Role
 from .mathematics import NystromSolutions
@@ -33,6 +34,8 @@ class BlockStatistics:
         value: Gram of the values without bias, (kv_heads, d, d).
         drift: in sequential order, `Σ Hᵀ (Y_dense − Y)`: what the down projection would have to add to bring the
             residual stream back to that of the dense model, (width, d_model).
+        experts: of a block with experts, in place of `mlp`.
+        solutions: what the MLP's statistics were solved to.
     """
 
     mlp: Float[Tensor, "width width"] | None = None
@@ -42,6 +45,7 @@ class BlockStatistics:
     value: Float[Tensor, "heads d d"] | None = None
     drift: Float[Tensor, "width d_model"] | None = None
     key_tokens: Int64[Tensor, ""] | None = None
+    experts: ExpertStatistics | None = None
     solutions: NystromSolutions | None = None
     _inner: Float[Tensor, "tokens width"] | None = None
 
@@ -52,7 +56,10 @@ class BlockStatistics:
     def sums(self) -> dict[str, Tensor]:
         """Everything that adds up over calibration data, by name."""
         found = {name: getattr(self, name) for name in SUMS}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found = {name: tensor for name, tensor in found.items() if tensor is not None}
+        if self.experts is not None:
+            found.update({f"experts.{name}": tensor for name, tensor in self.experts.sums().items()})
+        return found
 
     def add_inner(self, inner: Float[Tensor, "tokens width"]) -> None:
         """The inputs of the down projection for one batch."""
@@ -76,7 +83,8 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
     def on_output(module: nn.Module, add: Callable[[Tensor], None]) -> None:
         handles.append(module.register_forward_hook(lambda _module, _inputs, output: add(output.detach())))
 
-    if "mlp" in kinds:
+    experts = anatomy.experts(block) if "mlp" in kinds else None
+    if "mlp" in kinds and experts is None:
         down = anatomy.model.get_submodule(anatomy.mlp_path(block, "down"))
         handles.append(
             down.register_forward_pre_hook(
@@ -114,8 +122,9 @@ def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> I
             on_output(layout.projections["key"], add_key)
         if "value_output" in kinds:
             on_output(layout.projections["value"], add_value)
-    try:
-        yield statistics
-    finally:
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        if experts is not None:
+            statistics.experts = stack.enter_context(collect_experts(experts, ("inner",)))
+        yield statistics

@@ -40,7 +40,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
     """Single weights, or whole heads and columns, by a score."""
 
     config_class = PruningConfig
-    continues = (SparseLinear.layout_type, "linear", "conv1d", "attention")
+    continues = (SparseLinear.layout_type, "linear", "conv1d", "experts", "attention")
     leaves = (SparseLinear.layout_type,)
 
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
