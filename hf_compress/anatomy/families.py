@@ -299,14 +299,14 @@ _register_matrices(
     more_outputs=1,
     query_key=("self_attention.query_key_value",),
     value_output=("self_attention.dense",),
-    mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    mlp=MlpAnatomy(up="dense_h_to_4h", gate=None, down="dense_4h_to_h", width_field=None, feeds_residual=False),
 )
 _register_matrices(
     ("modernbert",),
     "layers",
     query_key=("attn.Wqkv",),
     value_output=("attn.Wo",),
-    mlp=("mlp.Wi", "mlp.Wo"),
+    mlp=MlpAnatomy(up="Wi", gate="Wi", down="Wo"),
 )
 _register_matrices(
     ("mpnet",),
@@ -315,7 +315,7 @@ _register_matrices(
     more_outputs=1,
     query_key=("attention.attn.q", "attention.attn.k"),
     value_output=("attention.attn.v", "attention.attn.o"),
-    mlp=("intermediate.dense", "output.dense"),
+    mlp=MlpAnatomy(path="", up="intermediate.dense", gate=None, down="output.dense", feeds_residual=False),
 )
 _register_matrices(
     ("dinov3_vit",),
@@ -330,7 +330,8 @@ _register_matrices(
     "encoder.layers",
     query_key=("attention.q_proj", "attention.k_proj"),
     value_output=("attention.v_proj", "attention.out_proj"),
-    mlp=("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+    # One of the two families norms the sum.
+    mlp=MlpAnatomy(path="feed_forward", up="intermediate_dense", gate=None, down="output_dense", feeds_residual=False),
 )
 
 # Towers of text and of images: alone, and both.
@@ -348,7 +349,7 @@ _register_matrices(
     ("text_model.encoder.layers", "vision_model.encoder.layers"),
     query_key=_QUERY_KEY,
     value_output=("self_attn.v_proj", "self_attn.out_proj"),
-    mlp=("mlp.fc1", "mlp.fc2"),
+    mlp=MlpAnatomy(up="fc1", gate=None, down="fc2", width_field=None),
 )
 
 # Encoders and decoders; the decoder's blocks attend to the encoder's output as well.
@@ -362,7 +363,8 @@ for _families, _fixed in (
         fixed_heads=_fixed,
         query_key=(*_QUERY_KEY, "encoder_attn.q_proj?", "encoder_attn.k_proj?"),
         value_output=("self_attn.v_proj", "self_attn.out_proj", "encoder_attn.v_proj?", "encoder_attn.out_proj?"),
-        mlp=("fc1", "fc2"),
+        # Encoder and decoder have a field for the width each, and some families norm the sum.
+        mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False),
     )
 _register_matrices(
     ("t5", "mt5"),
