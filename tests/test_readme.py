@@ -260,7 +260,8 @@ FOREIGN = (
     "tp_plan",
     "decoder_input_ids",
     "text_config",
-)  # of Transformers, PEFT and Accelerate
+    "fullgraph",
+)  # of torch, Transformers, PEFT and Accelerate
 SETTINGS = [
     code for code in INLINE if re.fullmatch(r"\w+=.+", code) and not code.startswith(FOREIGN) and "..." not in code
 ]
