@@ -94,7 +94,7 @@ class Laboratory:
                 raise NumericalError(
                     f"the dense model {self.model!r} has no finite perplexity on the evaluation text."
                 )
-            self._keep("dense", replace(record, number=-1, feasible=True))
+            self._keep("dense", replace(record, number=-1))
         return self.records["dense"]
 
     def plan(self, candidate: Candidate) -> CompressionPlan:

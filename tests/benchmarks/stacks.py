@@ -20,6 +20,8 @@ from hf_compress import CodebookConfig, CompressionConfig, ModularDecompositionC
 from hf_compress.evaluation import size_on_disk
 
 RECIPES: dict[str, list[Any]] = {
+    "codebook 4 bits, tables 4 bits": [CodebookConfig(bits=4, table_bits=4)],
+    "codebook 3.25 bits": [CodebookConfig(bits="auto", average_bits=3.25)],
     "codebook 3 bits": [CodebookConfig(bits=3)],
     "codebook 2.75 bits": [CodebookConfig(bits="auto", average_bits=2.75)],
     "codebook 2.5 bits": [CodebookConfig(bits="auto", average_bits=2.5)],
@@ -31,12 +33,17 @@ RECIPES: dict[str, list[Any]] = {
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--recipe", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--learning", choices=["joint", "feedback"], default="joint", help="feedback is quicker")
     arguments = parser.parse_args()
     setting = Setting(arguments)
     for name in arguments.recipe:
         model = setting.load()
+        stages = [
+            stage.model_copy(update={"learning": arguments.learning}) if isinstance(stage, CodebookConfig) else stage
+            for stage in RECIPES[name]
+        ]
         start = time.perf_counter()
-        hf_compress.compress(model, CompressionConfig(stages=RECIPES[name]), calibration=setting.source)
+        hf_compress.compress(model, CompressionConfig(stages=stages), calibration=setting.source)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
