@@ -147,12 +147,20 @@ def test_experts_that_saw_no_token_are_named_and_compressed(kind: str) -> None:
     assert unseen, "eight choices leave some of six experts out"
     data = calibration(num_samples=1, num_held_out=0).model_copy(update={"dataset": ids})
     numbers = ", ".join(map(str, unseen))
-    # Where all of them saw some, too few are named as well.
     message = rf"layers\.1\.mlp\.experts: no calibration token went to {len(unseen)} of 6 experts \({numbers}\)"
     config = recipe(**MLPS) if kind == "modular" else CodebookConfig(bits=3)
     with pytest.warns(UserWarning, match=message):
         hf_compress.compress(model, config, calibration=data)
     assert torch.isfinite(logits(model)).all()
+
+
+def test_few_tokens_for_most_experts_are_named() -> None:
+    data = calibration(num_samples=2, num_held_out=0).model_copy(update={"dataset": token_ids(2, 32)})
+    with pytest.warns(UserWarning, match=r"half of the experts got no more than \d+ tokens, and have 64 channels"):
+        hf_compress.compress(make_model("mixtral"), recipe(**MLPS), calibration=data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_compress.compress(make_model("mixtral"), recipe(**MLPS))
 
 
 @pytest.mark.parametrize("kind", ["modular", "codebook"])
