@@ -2,7 +2,7 @@
 
     pip download llama-cpp-python --no-deps --no-binary llama-cpp-python   # holds llama.cpp's sources; unpack it
     cmake -S SOURCES/vendor/llama.cpp -B BUILD -DCMAKE_BUILD_TYPE=Release && cmake --build BUILD --target llama-simple
-    python tests/benchmarks/gguf.py --model PORTABLE --llama-cpp SOURCES/vendor/llama.cpp \\
+    python tests/benchmarks/convert_gguf.py --model PORTABLE --llama-cpp SOURCES/vendor/llama.cpp \\
         --binary BUILD/bin/llama-simple
 
 The model is one that `hf-compress run MODEL PORTABLE --portable ...` has written. Prints a JSON line: the largest
