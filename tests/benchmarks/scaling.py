@@ -196,10 +196,10 @@ def draw(found: dict[str, list[dict[str, Any]]], target: Path) -> None:
         panel.set_xlabel(name)
         panel.set_ylabel("seconds")
         other.set_ylabel("MB beyond the program", color="tab:blue")
-        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
         lines = [*panel.get_lines(), *other.get_lines()]
-        panel.legend(lines, [line.get_label() for line in lines], loc="upper left", fontsize=8)
-    figure.tight_layout()
+    figure.legend(lines, [line.get_label() for line in lines], loc="upper center", ncol=len(lines), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(target, dpi=150)
 
 
