@@ -67,7 +67,6 @@ def auto(
     import hf_compress
 
     from ..calibration.sources import check_local_data
-    from ..engine.freed import keep_heap_small
     from .loading import DTYPES, check_source, load_tokenizer
 
     if dtype not in DTYPES:
@@ -82,7 +81,6 @@ def auto(
         max_perplexity_increase=max_perplexity_increase,
         min_tokens_per_second=min_tokens_per_second,
     )
-    keep_heap_small()
     check_source(model)
     check_local_data(calibration)
     loading = {"dtype": dtype, "device_map": device_map, "revision": revision}

@@ -132,7 +132,8 @@ def run(
     from ..engine.freed import keep_heap_small
     from .loading import is_compressed, load_model, load_processing_class
 
-    keep_heap_small()
+    if max_memory is not None:
+        keep_heap_small()
     if calibration is not None:
         check_local_data(calibration)
     # The tokenizer first: it is small, and calibration and saving fail without it.

@@ -32,7 +32,11 @@ def return_freed_memory() -> None:
 
 def keep_heap_small() -> None:
     """Let large tensors always go back to the system when they are freed, for the rest of this process: for programs
-    whose process is their own. The peak of a compression varied up to twofold without."""
+    whose process is their own, and whose memory is limited.
+
+    The peak of a compression varied up to twofold without. But pages come and go with every temporary tensor: the
+    k-means start of codebooks took 122 s with it and 29 s without, magnitude pruning 8 and 3 s at 0.9 and 1.5 GB.
+    """
     set_option = _function("mallopt")
     if set_option is not None:
         set_option(_MMAP_THRESHOLD, _LARGE)

@@ -54,7 +54,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 blocks, width, tokens, length, processes, threads, order = sys.argv[1:]
 blocks, width, tokens, length = int(blocks), int(width), int(tokens), int(length)
 torch.set_num_threads(int(threads))
-keep_heap_small()  # as the command does
+keep_heap_small()  # as the command does with --max-memory
 rank = int(os.environ.get("RANK", 0))
 if int(processes) > 1:
     torch.distributed.init_process_group("gloo")

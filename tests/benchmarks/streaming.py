@@ -37,7 +37,7 @@ import torch, hf_compress
 from hf_compress import CalibrationConfig, compress_checkpoint
 from hf_compress.engine.freed import keep_heap_small
 source, out, stage, samples, length, memory = sys.argv[1:]
-keep_heap_small()  # as the command does
+keep_heap_small()  # as the command does with --max-memory
 def highest():  # getrusage's survives exec: it would be that of the process that wrote the checkpoint
     return int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) * 1024 / 1e9
 before = highest()
