@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -96,10 +95,12 @@ def chosen_tokens(index: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tens
     Args:
         index: (tokens, chosen); numbers of `count` and above stand for experts elsewhere.
     """
-    for expert in torch.unique(index).tolist():
+    flat = index.flatten()
+    order = flat.argsort(stable=True)  # the tokens of an expert follow each other, in their own order
+    numbers, sizes = flat[order].unique_consecutive(return_counts=True)
+    for expert, own in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
         if 0 <= expert < count:
-            tokens, places = torch.where(index == expert)
-            yield expert, tokens, places
+            yield expert, own // index.shape[1], own % index.shape[1]
 
 
 def expert_faults(path: str, module: Any) -> Iterator[str]:

@@ -16,9 +16,9 @@ from ...kernels import codebook as kernel
 from ...kernels.matrix import CodebookMatrix, check_matrix
 from ...kernels.packing import pack_codes, words_per_row
 from ...layout import checked_size, register_module_type
-from .coded import Coded, integer_steps
+from .coded import Coded
 from .configuration import TERNARY
-from .weight import FORMAT_TENSORS, CodebookFormat, keeping_formats
+from .weight import FORMAT_TENSORS, CodebookFormat, fill_tables, keeping_formats, register_table
 
 DOWN = "down_proj"
 
@@ -70,21 +70,11 @@ class CodebookExperts(nn.Module):
 
     def _make_tensors(self, name: str, count: int, rows: int, device: Any) -> None:
         format, columns = self.formats[name], self.columns[name]
-        kind = torch.float32 if format.trainable else torch.float16
-
-        def keep(part: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-            tensor = None if dtype is None else torch.empty((count, *shape), dtype=dtype, device=device)
-            if format.trainable and tensor is not None and tensor.is_floating_point():
-                self.register_parameter(f"{name}{part}", nn.Parameter(tensor))
-            else:
-                self.register_buffer(f"{name}{part}", tensor)
-
-        keep("", (rows, words_per_row(columns, format.kernel_bits)), torch.int32)
-        keep("_codebooks", (format.books, 1 << format.kernel_bits), kind)
-        keep("_scales", (rows, -(-columns // format.column_group)), torch.uint8 if format.integer_scales else kind)
-        keep("_row_scales", (rows,), kind if format.integer_scales else None)
-        index = torch.int16 if format.books <= torch.iinfo(torch.int16).max else torch.int32
-        keep("_row_codebook", (rows,), index if format.books > 1 else None)
+        words = words_per_row(columns, format.kernel_bits)
+        self.register_buffer(name, torch.empty((count, rows, words), dtype=torch.int32, device=device))
+        for part, kind in format.tables(rows, columns).items():
+            stacked = None if kind is None else ((count, *kind[0]), kind[1])
+            register_table(self, f"{name}_{part}", stacked, device)
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         parts = ("", "_codebooks", "_scales", "_row_scales", "_row_codebook")
@@ -111,18 +101,9 @@ class CodebookExperts(nn.Module):
     @torch.no_grad()
     def fill(self, name: str, expert: int, coded: Coded) -> None:
         """Take over one matrix of an expert, rounded as the file holds it."""
-        own, books = self.matrix(name, expert), len(coded.codebooks)
-        own.packed.copy_(pack_codes(coded.codes.to(torch.uint8), self.formats[name].kernel_bits))
-        own.codebooks[:books].copy_(coded.codebooks)
-        own.codebooks[books:].copy_(coded.codebooks[-1:])  # of which no row makes use
-        if own.row_scales is not None:
-            steps, unit = integer_steps(coded.scales)
-            own.scales.copy_(steps)
-            own.row_scales.copy_(unit)
-        else:
-            own.scales.copy_(coded.scales)
-        if own.row_codebook is not None:
-            own.row_codebook.copy_(coded.row_codebook)
+        own = self.matrix(name, expert)
+        own.packed.copy_(pack_codes(coded.codes.to(torch.uint8), own.bits))
+        fill_tables(own, coded)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CodebookExperts:
         """Moves go to every tensor; casts leave the format's floats as they are."""
@@ -182,7 +163,7 @@ class CodebookExperts(nn.Module):
         for expert, tokens, places in chosen_tokens(top_k_index, self.count):
             rows = kernel.codebook_linear(hidden_states[tokens], self.matrix(up, expert))
             out = kernel.codebook_linear(gated(self, rows), self.matrix(down, expert))
-            total = total.index_add(0, tokens, (out * top_k_weights[tokens, places, None]).to(total.dtype))
+            total.index_add_(0, tokens, (out * top_k_weights[tokens, places, None]).to(total.dtype))
         return total
 
     def dequantize(self, dense: nn.Module) -> dict[str, Tensor]:

@@ -56,6 +56,18 @@ class CodebookFormat:
         """Bits of a code where the kernel reads it."""
         return 2 if self.bits == TERNARY else int(self.bits)
 
+    def tables(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+        """Shape and dtype of what belongs to the codes of a matrix, `None` for what this format does without."""
+        floats = torch.float32 if self.trainable else torch.float16
+        groups = -(-columns // self.column_group)
+        index = torch.int16 if self.books <= torch.iinfo(torch.int16).max else torch.int32
+        return {
+            "codebooks": ((self.books, 1 << self.kernel_bits), floats),
+            "scales": ((rows, groups), torch.uint8 if self.integer_scales else floats),
+            "row_scales": ((rows,), floats) if self.integer_scales else None,
+            "row_codebook": ((rows,), index) if self.books > 1 else None,
+        }
+
     def spec(self) -> dict[str, Any]:
         fields = {
             "bits": self.bits,
@@ -86,6 +98,39 @@ class CodebookFormat:
             integer_scales=spec["integer_scales"],
             trainable=spec.get("trainable", False),
         )
+
+
+def register_table(
+    module: nn.Module, name: str, kind: tuple[tuple[int, ...], torch.dtype] | None, device: Any
+) -> None:
+    """A tensor of `CodebookFormat.tables`, uninitialised: a parameter if it is trained, otherwise a buffer."""
+    if kind is None:
+        module.register_buffer(name, None)
+        return
+    shape, dtype = kind
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if dtype == torch.float32:  # only tables that are trained are kept in it
+        module.register_parameter(name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor)
+
+
+@torch.no_grad()
+def fill_tables(matrix: CodebookMatrix, coded: Coded) -> None:
+    """Write codebooks, scales and the rows' choice, rounded as the file holds them, into the tensors of a matrix.
+    Codebooks and codes that nothing makes use of repeat the last."""
+    books, size = coded.codebooks.shape
+    matrix.codebooks[:books, :size].copy_(coded.codebooks)
+    matrix.codebooks[:books, size:].copy_(coded.codebooks[:, -1:])
+    matrix.codebooks[books:].copy_(matrix.codebooks[books - 1])
+    if matrix.row_scales is not None:
+        steps, unit = integer_steps(coded.scales)
+        matrix.scales.copy_(steps)
+        matrix.row_scales.copy_(unit)
+    else:
+        matrix.scales.copy_(coded.scales)
+    if matrix.row_codebook is not None:
+        matrix.row_codebook.copy_(coded.row_codebook)
 
 
 @contextmanager
@@ -133,54 +178,26 @@ class PackedWeight(nn.Module):
     def make_tensors(self, rows: int, columns: int, format: CodebookFormat, device: Any) -> None:
         """Register the tensors, uninitialised."""
         self.format, self.columns = format, columns
-        books, kind = format.books, torch.float32 if format.trainable else torch.float16
-
-        def keep(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            if format.trainable and name in FORMAT_TENSORS and dtype.is_floating_point:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-
-        ternary = format.bits == TERNARY
-        words = words_per_row(columns, format.kernel_bits)
-        if ternary:
-            keep("weight", (rows, ternary_bytes(columns)), torch.uint8)
-        else:
-            keep("weight", (rows, words), torch.int32)
-        if ternary:
+        codes = torch.empty((rows, words_per_row(columns, format.kernel_bits)), dtype=torch.int32, device=device)
+        if format.bits == TERNARY:
+            stored = torch.empty((rows, ternary_bytes(columns)), dtype=torch.uint8, device=device)
+            self.register_buffer("weight", stored)
             # Stored in less than the kernel reads: it has a copy of its own, which is never saved.
-            copy = torch.empty((rows, words), dtype=torch.int32, device=device)
-            self.register_buffer("kernel_codes", copy, persistent=False)
+            self.register_buffer("kernel_codes", codes, persistent=False)
             self.expanded = False
-        keep("codebooks", (books, 1 << format.kernel_bits), kind)
-        keep("scales", (rows, -(-columns // format.column_group)), torch.uint8 if format.integer_scales else kind)
-        if format.integer_scales:
-            keep("row_scales", (rows,), kind)
         else:
-            self.register_buffer("row_scales", None)
-        if books > 1:
-            keep("row_codebook", (rows,), torch.int16 if books <= torch.iinfo(torch.int16).max else torch.int32)
-        else:
-            self.register_buffer("row_codebook", None)
+            self.register_buffer("weight", codes)
+        for name, kind in format.tables(rows, columns).items():
+            register_table(self, name, kind, device)
 
     @torch.no_grad()
     def fill(self, coded: Coded) -> None:
         """Take over a matrix whose codebooks and scales are rounded as the file holds them."""
-        codes, size = coded.codes.to(torch.uint8), coded.codebooks.shape[1]
+        codes = coded.codes.to(torch.uint8)
         pack = pack_ternary(codes) if self.format.bits == TERNARY else pack_codes(codes, self.format.kernel_bits)
         self.get_buffer("weight").copy_(pack)
-        self.codebooks[:, :size].copy_(coded.codebooks)
-        self.codebooks[:, size:].copy_(coded.codebooks[:, -1:])
-        if self.row_scales is not None:
-            steps, unit = integer_steps(coded.scales)
-            self.scales.copy_(steps)
-            self.row_scales.copy_(unit)
-        else:
-            self.scales.copy_(coded.scales)
-        if self.row_codebook is not None:
-            self.row_codebook.copy_(coded.row_codebook)
         self.expand_codes()
+        fill_tables(self.as_matrix(), coded)
 
     def expand_codes(self) -> None:
         """Bring the kernel's copy of the codes up to date, where it has one."""
