@@ -130,6 +130,12 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             prepare(model, CompressionConfig.wrap(self.quantization_config))
         return model
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a tensor of the file is cast to. Floats where codes or positions belong are left as they are, for
+        `check_loaded` to refuse: a cast would make garbage of them."""
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new if new is None or new.is_floating_point else None
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             check_loaded(model, self._dtypes)

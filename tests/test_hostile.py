@@ -292,6 +292,23 @@ def test_a_norm_of_integers_is_refused(seeds: dict[str, Checkpoint], tmp_path: P
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("seed", "name", "expected"),
+    [("coded, tied", "weight", "int32"), ("coded, tied", "scales", "uint8"), ("pruned, gaps", "weight", "uint8")],
+)
+def test_codes_and_positions_that_are_floats_are_refused(
+    seeds: dict[str, Checkpoint], tmp_path: Path, seed: str, name: str, expected: str
+) -> None:
+    """Transformers would cast them."""
+    tensors = read_tensors(seeds[seed].weights)
+    path = f"model.layers.0.mlp.down_proj.{name}"
+    tensor = tensors[path]
+    tensor.dtype, tensor.data = "F32", bytes(4 * torch.Size(tensor.shape).numel())
+    Checkpoint(seeds[seed].config, write_tensors(tensors)).write(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"down_proj\.{name}' is of torch\.float32, expected torch\.{expected}"):
+        load(tmp_path)
+
+
 def test_pickled_tensors_are_not_read(seeds: dict[str, Checkpoint], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(seeds["modular"].config)
     torch.save({"model.norm.weight": torch.ones(48)}, tmp_path / "pytorch_model.bin")
