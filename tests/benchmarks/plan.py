@@ -37,7 +37,6 @@ model_path, text, samples, length, dtype, recipe, folder = sys.argv[1:]
 stages = eval(recipe)
 source = CalibrationConfig(text, num_samples=int(samples), sequence_length=int(length))
 config = CompressionConfig(stages=stages if isinstance(stages, list) else [stages], calibration=source)
-hf_compress.engine.freed.keep_heap_small()  # what is held, without what glibc keeps of the freed; times are longer
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = peak()

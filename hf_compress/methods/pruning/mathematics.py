@@ -65,9 +65,9 @@ def keep_best(
         ]
         return [mask.clone().view(score.shape) for mask, score in zip(whole, scores, strict=True)]
     # The 16 high bits of the threshold, then the low ones.
-    high, above = _boundary((_keys(*pair) >> 16 for pair in pairs), kept)
+    high, above = _boundary((_high_bits(_keys(*pair)) for pair in pairs), kept)
     low, above_low = _boundary((_low_bits(_keys(*pair), high) for pair in pairs), kept - above)
-    threshold, ties = high * _HALF + low, kept - above - above_low
+    threshold, ties = (high - _HALF // 2) * _HALF + low, kept - above - above_low
     masks = []
     for score, mask in pairs:
         key = _ordered_bits(score)
@@ -95,13 +95,13 @@ def keep_best_of_rows(
 
 
 def _ordered_bits(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "n"]:
-    """Integers from 0 to 2³² − 1 in the order of float32 numbers."""
-    flat = scores.detach().reshape(-1).float()
+    """32-bit integers in the order of float32 numbers. As few copies as can be: these are all weights of a model."""
+    # Adding zero makes a copy, and one number of −0 and 0.
+    flat = torch.add(scores.detach().reshape(-1).float(), 0.0)
     if torch.isnan(flat).any():
         raise NumericalError("a score is NaN")
-    # −0 and 0 are one number.
-    bits = (flat + 0.0).contiguous().view(torch.int32).long()
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits) + (1 << 31)
+    bits = flat.view(torch.int32)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 def _keys(scores: Float[Tensor, "*shape"], mask: Bool[Tensor, "n"] | None) -> Int[Tensor, "m"]:
@@ -109,9 +109,14 @@ def _keys(scores: Float[Tensor, "*shape"], mask: Bool[Tensor, "n"] | None) -> In
     return keys if mask is None else keys[mask]
 
 
+def _high_bits(keys: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """The high 16 bits, from zero."""
+    return (keys >> 16).add_(_HALF // 2)
+
+
 def _low_bits(keys: Int[Tensor, "n"], high: int) -> Int[Tensor, "m"]:
     """The low bits of those with these high ones."""
-    return keys[keys >> 16 == high] & (_HALF - 1)
+    return keys[_high_bits(keys) == high] & (_HALF - 1)
 
 
 def _boundary(parts: Iterator[Int[Tensor, "n"]], kept: int) -> tuple[int, int]:

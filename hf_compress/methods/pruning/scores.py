@@ -58,24 +58,30 @@ def scores_now(
         The scores, and for `"snip_magnitude"` the sums of its two terms over all weights.
     """
     if config.criterion == "magnitude":
-        return {path: weight.float().abs() for path, weight in weights.items()}, None
+        return {path: _float32(weight).abs_() for path, weight in weights.items()}, None
     if config.criterion == "random":
         # The same numbers every time: what is pruned stays pruned.
         generator = torch.Generator().manual_seed(config.seed)
         return {path: torch.rand(w.shape, generator=generator).to(w.device) for path, w in weights.items()}, None
     if config.criterion == "delta":
         assert start is not None
-        return {path: (w.float() - start[path].to(w.device).float()).abs() for path, w in weights.items()}, None
+        return {path: _float32(w).sub_(start[path].to(w.device)).abs_() for path, w in weights.items()}, None
     assert gradients is not None
     if config.criterion == "gradient":
-        return {path: gradients[path].float().abs() for path in weights}, None
+        return {path: _float32(gradients[path]).abs_() for path in weights}, None
     if config.criterion == "snip":
-        return {path: (weight.float() * gradients[path]).abs() for path, weight in weights.items()}, None
+        return {path: _float32(w).mul_(gradients[path]).abs_() for path, w in weights.items()}, None
     scores, sums = {}, [0.0, 0.0]
     for path, weight in weights.items():
         found = mathematics.snip_magnitude(weight.float(), gradients[path], config.magnitude_weight, config.normalize)
         scores[path], sums = found[0], [sums[0] + found[1], sums[1] + found[2]]
     return scores, (sums[0], sums[1])
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """A copy in float32 to go on with in place: pieces that come and go between those that stay leave holes, which
+    took as much memory as the scores themselves."""
+    return tensor.detach().to(torch.float32, copy=True)
 
 
 def rounded_ratio(terms: tuple[float, float]) -> float | str:
