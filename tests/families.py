@@ -86,7 +86,13 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: hf.ModernBertConfig(**_TEXT, cls_token_id=1, sep_token_id=2, local_attention=16),
     "mpnet": lambda: hf.MPNetConfig(**_TEXT),
     "electra": lambda: hf.ElectraConfig(**_TEXT, embedding_size=16),
+    "albert": lambda: hf.AlbertConfig(**_TEXT, embedding_size=16),
+    "albert_groups": lambda: hf.AlbertConfig(
+        **{**_TEXT, "num_hidden_layers": 4}, embedding_size=16, num_hidden_groups=2
+    ),
+    "dinov2_giant": lambda: hf.Dinov2Config(**_IMAGE, use_swiglu_ffn=True),
     "dinov3_vit": lambda: hf.DINOv3ViTConfig(**_IMAGE),
+    "dinov3_gated": lambda: hf.DINOv3ViTConfig(**_IMAGE, use_gated_mlp=True),
     "clip_vision_model": lambda: hf.CLIPVisionConfig(**_IMAGE),
     "clip_text_model": lambda: hf.CLIPTextConfig(**_TEXT),
     "siglip_vision_model": lambda: hf.SiglipVisionConfig(**_IMAGE),
@@ -123,7 +129,7 @@ MULTIMODAL: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 CONFIGS = {**DECODERS, **ENCODERS, **MULTIMODAL}
 STACKS = ("clip", "siglip", "bart", "marian", "m2m_100", "whisper", "t5", "t5_gated")
-_READS_IMAGES = ("dinov3_vit", "clip_vision_model", "siglip_vision_model")
+_READS_IMAGES = ("dinov2_giant", "dinov3_vit", "dinov3_gated", "clip_vision_model", "siglip_vision_model")
 
 
 def auto_class(name: str) -> Any:

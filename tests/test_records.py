@@ -14,7 +14,7 @@ import torch
 from conftest import FAMILIES, make_model, recipe
 from test_modular_fused import FUSED
 from test_modular_fused import make as make_fused
-from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, PreTrainedModel, ResNetConfig
 
 import hf_compress
 from hf_compress import (
@@ -235,8 +235,30 @@ def test_modules_that_a_stage_has_replaced_are_left_out(name: str, method: str) 
 
 
 def test_modular_decomposition_names_the_models_own_record() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"the record of 't5' \(T5Model\) describes only single"):
-        hf_compress.plan(families.make("t5"), recipe(reduction=0.1))
+    resnet = AutoModel.from_config(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+    with pytest.raises(UnsupportedModelError, match=r"the record of 'resnet' \(ResNetModel\) describes only single"):
+        hf_compress.plan(resnet, recipe(reduction=0.1))
+
+
+def test_a_block_has_the_first_of_several_mlps_that_fits() -> None:
+    anatomy = resolve_anatomy(families.make("t5_gated"))
+    assert [anatomy.mlp_paths(index) for index in (0, 2)] == [
+        {role: f"{stack}.DenseReluDense.{name}" for role, name in (("up", "wi_1"), ("gate", "wi_0"), ("down", "wo"))}
+        for stack in ("encoder.block.0.layer.1", "decoder.block.0.layer.2")
+    ]
+    with pytest.raises(ConfigurationError, match=r"Anatomy: `mlp` is \(\), expected an MlpAnatomy, or several"):
+        records.register_anatomy(Anatomy(model_types=("none",), mlp=()))
+    twice = MlpAnatomy(up="down", gate=None, down="down")
+    with pytest.raises(ConfigurationError, match="MlpAnatomy: `down` is 'down', which is also"):
+        records.register_anatomy(Anatomy(model_types=("none",), mlp=(MlpAnatomy(), twice)))
+
+
+def test_blocks_that_run_by_turns_are_not_calibrated() -> None:
+    model = AutoModel.from_config(
+        families.CONFIGS["albert"]().from_dict({**families.CONFIGS["albert"]().to_dict(), "inner_group_num": 2})
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layers.0' again after another block.*needs no data"):
+        hf_compress.compress(model, CodebookConfig(bits=3, calibration=families.calibration("albert")))
 
 
 def test_an_attention_without_its_config_is_refused() -> None:

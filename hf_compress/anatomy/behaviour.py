@@ -86,7 +86,7 @@ def _differences(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor]) ->
         if dense and not any(read_attribute(get(path), flag) for flag in record.attention.left_if):
             fields = "`fused`, `rotary`, the norms, `scaling`, `softcap` or the projections of its AttentionAnatomy"
             yield path, fields, _attention_difference(anatomy, block, batch)
-    if record.mlp is not None:
+    if anatomy.mlp(block) is not None:
         path = anatomy.mlp_path(block, "down")
         yield path, "`up`, `gate` or `down` of its MlpAnatomy", _mlp_difference(anatomy, block, batch)
     experts = anatomy.experts(block)
@@ -144,8 +144,9 @@ def _attention_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Te
 
 def _mlp_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor]) -> float:
     """How the down projection's output changes when the channels before and after the activation are turned round."""
-    record, get = anatomy.mlp, anatomy.model.get_submodule
-    down = get(anatomy.mlp_path(block, "down"))
+    record, get = anatomy.mlp(block), anatomy.model.get_submodule
+    assert record is not None
+    *before, down = (get(path) for path in anatomy.mlp_paths(block).values())
     outputs: list[Tensor] = []
 
     def turned(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Tensor) -> Tensor:
@@ -158,8 +159,8 @@ def _mlp_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor])
     with _hooked(down, keep):
         _run(anatomy.model, batch, anatomy.record.decoder)
         with ExitStack() as hooks:
-            for role in anatomy.mlp.roles[:-1]:
-                hooks.enter_context(_hooked(get(anatomy.mlp_path(block, role)), turned))
+            for module in before:
+                hooks.enter_context(_hooked(module, turned))
             hooks.enter_context(_hooked(down, lambda _, args: (args[0].flip(-1), *args[1:]), before=True))
             _run(anatomy.model, batch, anatomy.record.decoder)
     if not outputs:  # the random tokens did not come this way

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .experts import expert_faults
-from .records import AttentionAnatomy
+from .records import AttentionAnatomy, MlpAnatomy
 
 if TYPE_CHECKING:
     from .model import ModelAnatomy
@@ -40,8 +40,9 @@ def check_parts(anatomy: ModelAnatomy, model_type: str) -> None:
 def _faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
     if anatomy.record.attention is not None:
         yield from _attention_faults(anatomy, block)
-    if anatomy.record.mlp is not None:
-        yield from _mlp_faults(anatomy, block)
+    record = anatomy.mlp(block)
+    if record is not None:
+        yield from _mlp_faults(anatomy, block, record)
     path = anatomy.experts_path(block)
     if path is not None:
         yield from expert_faults(path, anatomy.model.get_submodule(path))
@@ -177,10 +178,9 @@ def _group_faults(heads: int, key_heads: int) -> Iterator[str]:
         yield f"{heads} query heads cannot share {key_heads} key/value heads evenly"
 
 
-def _mlp_faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
-    record, get = anatomy.mlp, anatomy.model.get_submodule
-    paths = {role: anatomy.mlp_path(block, role) for role in record.roles}
-    sizes = {role: dense_sizes(get(path)) for role, path in paths.items()}
+def _mlp_faults(anatomy: ModelAnatomy, block: int, record: MlpAnatomy) -> Iterator[str]:
+    paths = anatomy.mlp_paths(block)
+    sizes = {role: dense_sizes(anatomy.model.get_submodule(path)) for role, path in paths.items()}
     up, gate, down = sizes["up"], sizes.get("gate"), sizes["down"]
     if gate is not None and up is not None and gate[1] != up[1]:
         yield f"the `gate` {paths['gate']!r} has {gate[1]} outputs, expected the {up[1]} of the `up` {paths['up']!r}"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .records import Anatomy, AttentionAnatomy, ExpertsAnatomy, MlpAnatomy, register_anatomy
 
 register_anatomy(Anatomy(model_types=("llama",)))
@@ -61,10 +63,9 @@ register_anatomy(
     Anatomy(
         model_types=("qwen3_moe",),
         attention=AttentionAnatomy(query_norm="q_norm", key_norm="k_norm", sliding_window="sliding_window"),
-        mlp=None,
+        # In blocks without experts.
+        mlp=MlpAnatomy(),
         experts=ExpertsAnatomy(),
-        # Blocks without experts.
-        kinds=(("mlp.gate_proj?", "mlp"), ("mlp.up_proj?", "mlp"), ("mlp.down_proj?", "mlp")),
     )
 )
 register_anatomy(
@@ -92,22 +93,22 @@ def _register_matrices(
     *,
     query_key: tuple[str, ...],
     value_output: tuple[str, ...],
-    mlp: tuple[str, ...] | MlpAnatomy,
+    mlp: MlpAnatomy | tuple[MlpAnatomy, ...],
+    attention: AttentionAnatomy | None = None,
     decoder: bool = False,
     left_dense: tuple[str, ...] = (),
     fixed_heads: bool = False,
     more_outputs: int = 0,
     hands_on: bool = False,
 ) -> None:
-    """A family whose attention, or all of whose block, is described matrix by matrix."""
-    named = {"query_key": query_key, "value_output": value_output, "mlp": mlp if isinstance(mlp, tuple) else ()}
-    pairs = tuple((path, kind) for kind, paths in named.items() for path in paths)
+    """A family whose attention, or that of decoder to encoder, is described matrix by matrix."""
+    pairs = (*((path, "query_key") for path in query_key), *((path, "value_output") for path in value_output))
     register_anatomy(
         Anatomy(
             model_types=model_types,
             blocks=blocks,
-            attention=None,
-            mlp=None if isinstance(mlp, tuple) else mlp,
+            attention=attention,
+            mlp=mlp,
             kinds=pairs,
             decoder=decoder,
             left_dense=left_dense,
@@ -155,14 +156,12 @@ register_anatomy(
         decoder=False,
     )
 )
+# The block scales the output; the config has a ratio in place of a width. The largest has a gate.
+_DINOV2 = MlpAnatomy(up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False)
+_GIANT = MlpAnatomy(width_field=None, feeds_residual=False)
 for _types, _blocks, _mlp_anatomy in (
     (("vit", "deit"), "layers", MlpAnatomy(up="fc1", gate=None, down="fc2")),
-    # The block scales the output; the config has a ratio in place of a width.
-    (
-        ("dinov2",),
-        "encoder.layer",
-        MlpAnatomy(up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False),
-    ),
+    (("dinov2",), "encoder.layer", (_DINOV2, _GIANT)),
 ):
     register_anatomy(
         Anatomy(
@@ -179,14 +178,12 @@ register_anatomy(
         model_types=("albert",),
         blocks="encoder.albert_layer_groups.*.albert_layers",
         attention=None,
-        mlp=None,
+        mlp=MlpAnatomy(path="", up="ffn", gate=None, down="ffn_output", feeds_residual=False),
         kinds=(
             ("attention.query", "query_key"),
             ("attention.key", "query_key"),
             ("attention.value", "value_output"),
             ("attention.dense", "value_output"),
-            ("ffn", "mlp"),
-            ("ffn_output", "mlp"),
         ),
         decoder=False,
         repeated=True,
@@ -246,13 +243,24 @@ register_anatomy(
     Anatomy(model_types=("resnet",), blocks="encoder.stages.*.layers", attention=None, mlp=None, decoder=False)
 )
 
-# Decoders whose rotary embedding turns pairs of neighbours or a part of a head, or whose norms span all heads.
+register_anatomy(
+    Anatomy(
+        model_types=("phi",),
+        attention=AttentionAnatomy(output="dense", left_if=("qk_layernorm",)),
+        mlp=MlpAnatomy(up="fc1", gate=None, down="fc2"),
+    )
+)
+register_anatomy(
+    Anatomy(model_types=("stablelm",), attention=AttentionAnatomy(left_if=("qk_layernorm",), fixed_heads=True))
+)
+
+# Decoders whose rotary embedding turns pairs of neighbours, or whose norms span all heads.
 _QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj")
 _VALUE_OUTPUT = ("self_attn.v_proj", "self_attn.o_proj")
 _NORMED = MlpAnatomy(feeds_residual=False, output_normed=True)
 for _types, _mlp, _fixed in (
     (("helium", "olmo"), MlpAnatomy(), False),
-    (("cohere", "stablelm"), MlpAnatomy(), True),
+    (("cohere",), MlpAnatomy(), True),
     (("exaone4",), _NORMED, False),
     (("olmo2", "olmo3"), _NORMED, True),
     (("glm4",), MlpAnatomy(up="gate_up_proj", gate="gate_up_proj", feeds_residual=False, output_normed=True), False),
@@ -266,14 +274,6 @@ for _types, _mlp, _fixed in (
         query_key=_QUERY_KEY,
         value_output=_VALUE_OUTPUT,
     )
-_register_matrices(
-    ("phi",),
-    "layers",
-    mlp=MlpAnatomy(up="fc1", gate=None, down="fc2"),
-    decoder=True,
-    query_key=_QUERY_KEY,
-    value_output=("self_attn.v_proj", "self_attn.dense"),
-)
 _register_matrices(
     ("gptj",),
     "h",
@@ -323,46 +323,54 @@ _register_matrices(
     fixed_heads=True,
     query_key=("attention.q_proj", "attention.k_proj"),
     value_output=("attention.v_proj", "attention.o_proj"),
-    mlp=("mlp.gate_proj?", "mlp.up_proj", "mlp.down_proj"),
+    # The block scales the output.
+    mlp=(MlpAnatomy(feeds_residual=False), MlpAnatomy(gate=None, feeds_residual=False)),
 )
-_register_matrices(
-    ("wav2vec2", "hubert"),
-    "encoder.layers",
-    query_key=("attention.q_proj", "attention.k_proj"),
-    value_output=("attention.v_proj", "attention.out_proj"),
-    # One of the two families norms the sum.
-    mlp=MlpAnatomy(path="feed_forward", up="intermediate_dense", gate=None, down="output_dense", feeds_residual=False),
-)
-
-# Towers of text and of images: alone, and both.
 register_anatomy(
     Anatomy(
-        model_types=("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"),
+        model_types=("wav2vec2", "hubert"),
         blocks="encoder.layers",
-        attention=AttentionAnatomy(output="out_proj", rotary=None, scaling="scale", dropout="dropout"),
-        mlp=MlpAnatomy(up="fc1", gate=None, down="fc2"),
+        attention=AttentionAnatomy(path="attention", output="out_proj", rotary=None, dropout="dropout"),
+        # One of the two kinds of both families norms the sum.
+        mlp=MlpAnatomy(
+            path="feed_forward", up="intermediate_dense", gate=None, down="output_dense", feeds_residual=False
+        ),
         decoder=False,
     )
 )
-_register_matrices(
-    ("clip", "siglip"),
-    ("text_model.encoder.layers", "vision_model.encoder.layers"),
-    query_key=_QUERY_KEY,
-    value_output=("self_attn.v_proj", "self_attn.out_proj"),
-    mlp=MlpAnatomy(up="fc1", gate=None, down="fc2", width_field=None),
-)
+
+# Towers of text and of images: alone, and both.
+for _towers, _lists, _field in (
+    (
+        ("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"),
+        "encoder.layers",
+        "intermediate_size",
+    ),
+    (("clip", "siglip"), ("text_model.encoder.layers", "vision_model.encoder.layers"), None),
+):
+    register_anatomy(
+        Anatomy(
+            model_types=_towers,
+            blocks=_lists,
+            attention=AttentionAnatomy(output="out_proj", rotary=None, scaling="scale", dropout="dropout"),
+            mlp=MlpAnatomy(up="fc1", gate=None, down="fc2", width_field=_field),
+            decoder=False,
+        )
+    )
 
 # Encoders and decoders; the decoder's blocks attend to the encoder's output as well.
-for _families, _fixed in (
-    (("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small"), False),
-    (("whisper", "speech_to_text"), True),
+_ATTENTION = AttentionAnatomy(output="out_proj", rotary=None, dropout="dropout")
+for _families, _own_attention in (
+    (("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small"), _ATTENTION),
+    (("speech_to_text",), replace(_ATTENTION, fixed_heads=True)),
+    (("whisper",), replace(_ATTENTION, fixed_heads=True, query_prescaled=True)),
 ):
     _register_matrices(
         _families,
         ("encoder.layers", "decoder.layers"),
-        fixed_heads=_fixed,
-        query_key=(*_QUERY_KEY, "encoder_attn.q_proj?", "encoder_attn.k_proj?"),
-        value_output=("self_attn.v_proj", "self_attn.out_proj", "encoder_attn.v_proj?", "encoder_attn.out_proj?"),
+        attention=_own_attention,
+        query_key=("encoder_attn.q_proj?", "encoder_attn.k_proj?"),
+        value_output=("encoder_attn.v_proj?", "encoder_attn.out_proj?"),
         # Encoder and decoder have a field for the width each, and some families norm the sum.
         mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False),
     )
@@ -383,7 +391,12 @@ _register_matrices(
         "layer.1.EncDecAttention.v?",
         "layer.1.EncDecAttention.o?",
     ),
-    # Of encoder and decoder, with a gate and without. The MLP turns its inner activations into the dtype of `wo`.
-    mlp=tuple(f"layer.{_layer}.DenseReluDense.{_name}?" for _layer in (1, 2) for _name in ("wi", "wi_0", "wi_1")),
+    # Of decoder and encoder, with a gate and without.
+    mlp=tuple(
+        MlpAnatomy(path=f"layer.{_layer}.DenseReluDense", up=_up, gate=_gate, down="wo", width_field="d_ff")
+        for _layer in (2, 1)
+        for _up, _gate in (("wi_1", "wi_0"), ("wi", None))
+    ),
+    # The MLP turns its inner activations into the dtype of `wo`.
     left_dense=tuple(f"layer.{_layer}.DenseReluDense.wo" for _layer in (1, 2)),
 )

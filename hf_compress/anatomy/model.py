@@ -90,10 +90,14 @@ class ModelAnatomy:
         block: nn.Module = self.model.get_submodule(self.block_paths[index])
         return block
 
-    @property
-    def mlp(self) -> MlpAnatomy:
-        assert self.record.mlp is not None
-        return self.record.mlp
+    def mlp(self, index: int) -> MlpAnatomy | None:
+        """The description of a block's MLP, of several the first that fits; `None` for a block without."""
+        block, described = self.block(index), self.record.mlps
+        for record in described:
+            if all(_has_module(block, join(record.path, getattr(record, role))) for role in record.roles):
+                return record
+        # What is missing without experts is for an error to name.
+        return described[0] if described and self.experts_path(index) is None else None
 
     @property
     def attention(self) -> AttentionAnatomy:
@@ -101,8 +105,15 @@ class ModelAnatomy:
         return self.record.attention
 
     def mlp_path(self, index: int, role: str) -> str:
-        """Path of the projection with `role` "up", "gate" or "down"."""
-        return join(self.block_paths[index], self.mlp.path, getattr(self.mlp, role))
+        """Path of the projection with `role` "up", "gate" or "down" of a block that has an MLP."""
+        record = self.mlp(index)
+        assert record is not None
+        return join(self.block_paths[index], record.path, getattr(record, role))
+
+    def mlp_paths(self, index: int) -> dict[str, str]:
+        """Paths of the projections of a block's MLP by their roles, "down" as the last; none for a block without."""
+        record = self.mlp(index)
+        return {} if record is None else {role: self.mlp_path(index, role) for role in record.roles}
 
     def attention_path(self, index: int, role: str | None = None) -> str:
         """Path of the attention module, or of the projection with `role` "query", "key", "value" or "output"."""
@@ -118,8 +129,7 @@ class ModelAnatomy:
             for role in ("query", "key", "value", "output"):
                 kind = "query_key" if role in ("query", "key") else "value_output"
                 found.setdefault(self.attention_path(index, role), kind)
-        if self.record.mlp is not None:
-            found.update((self.mlp_path(index, role), "mlp") for role in self.mlp.roles)
+        found.update((path, "mlp") for path in self.mlp_paths(index).values())
         found.update(self.named_matrices(index))
         yield from found.items()
 
@@ -144,10 +154,13 @@ class ModelAnatomy:
         path = self.experts_path(index)
         return None if path is None else Experts.of(self.model.get_submodule(path), path)
 
-    def mlp_feeds_residual(self) -> bool:
+    def mlp_feeds_residual(self, index: int) -> bool:
         """Whether the down projection's output is added to the residual stream and no norm of the block follows."""
-        field = self.mlp.feeds_residual_field
-        return bool(getattr(text_config(self.model), field)) if field else self.mlp.feeds_residual
+        record = self.mlp(index)
+        if record is None:
+            return False
+        field = record.feeds_residual_field
+        return bool(getattr(text_config(self.model), field)) if field else record.feeds_residual
 
     def predicts_tokens(self) -> bool:
         """Whether the model is a causal language model with its head."""

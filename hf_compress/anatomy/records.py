@@ -133,14 +133,16 @@ class Anatomy:
             multimodal model its language part); a `*` in it stands for every member of a list of stages. Several
             paths, in the order of execution, where a model has several stacks: encoder and decoder, or two towers.
             Those that a model lacks are left out, but one must be there.
-        attention, mlp, experts: the parts of a block; `None` for a part that the record does not describe.
+        attention, mlp, experts: the parts of a block; `None` for a part that the record does not describe. Of several
+            MLPs a block has the first whose projections it has (encoder and decoder, with a gate and without). Blocks
+            with experts may have none.
         kinds: path relative to the block and kind of the matrices of a block that is described by them alone: enough
             for methods that treat every matrix by itself. A path that ends in `?` is in some blocks only.
         left_dense: paths relative to the block of matrices that no method may touch, `?` as above: the family's class
             looks at their dtype (T5).
         decoder: a causal language model.
         fixed_heads: of attention that is described by `kinds`, as in `AttentionAnatomy`.
-        repeated: the model runs every block several times (ALBERT).
+        repeated: the model runs every block several times in turn (ALBERT).
         more_outputs: how many outputs a block has after the hidden states.
         hands_on: the model passes those to the next block (T5: position biases of self and cross attention).
 
@@ -150,7 +152,7 @@ class Anatomy:
     model_types: tuple[str, ...]
     blocks: str | tuple[str, ...] = "layers"
     attention: AttentionAnatomy | None = AttentionAnatomy()
-    mlp: MlpAnatomy | None = MlpAnatomy()
+    mlp: MlpAnatomy | tuple[MlpAnatomy, ...] | None = MlpAnatomy()
     experts: ExpertsAnatomy | None = None
     kinds: tuple[tuple[str, str], ...] = ()
     left_dense: tuple[str, ...] = ()
@@ -164,6 +166,13 @@ class Anatomy:
     def stacks(self) -> tuple[str, ...]:
         """The paths of all lists of blocks."""
         return (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+
+    @property
+    def mlps(self) -> tuple[MlpAnatomy, ...]:
+        """The MLPs that a block may have."""
+        if self.mlp is None:
+            return ()
+        return (self.mlp,) if isinstance(self.mlp, MlpAnatomy) else self.mlp
 
 
 # What a matrix of a block is for.
@@ -211,7 +220,10 @@ def _check(record: Anatomy) -> None:
     found = None if record.attention is None else _attention_fault(record.attention)
     if found is not None:
         raise ConfigurationError(f"AttentionAnatomy: {found}.")
-    found = None if record.mlp is None else _mlp_fault(record.mlp)
+    strangers = [part for part in record.mlps if not isinstance(part, MlpAnatomy)]
+    if strangers or record.mlp == ():
+        raise ConfigurationError(f"Anatomy: `mlp` is {record.mlp!r}, expected an MlpAnatomy, or several.")
+    found = next((fault for part in record.mlps for fault in [_mlp_fault(part)] if fault is not None), None)
     if found is not None:
         raise ConfigurationError(f"MlpAnatomy: {found}.")
     if record.experts is not None and not (record.experts.path or "").removesuffix("?"):

@@ -78,6 +78,14 @@ def replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> I
                 module.forward = original
 
 
+def run_calls(block: nn.Module, hidden: Float[Tensor, "batch *place d"], calls: list[Call]) -> Tensor:
+    """The hidden states after a block has run once for every call."""
+    for args, kwargs in calls:
+        output = block(hidden, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 class BlockStream:
     """The residual stream of some batches between two blocks.
 
@@ -93,16 +101,11 @@ class BlockStream:
     """
 
     def __init__(self, anatomy: ModelAnatomy, batches: list[Batch], folder: Path | None = None) -> None:
-        if anatomy.record.repeated and batches:
-            raise UnsupportedModelError(
-                f"{type(anatomy.model).__name__} runs every block several times, and calibration goes through each "
-                "once. Choose a method or option that needs no data."
-            )
         self.anatomy = anatomy
         self.batches = [complete(anatomy.model, batch) for batch in batches]
         self.hidden = Activations(folder)
         # Of the stack that the stream is in: what its blocks are called with, by the batch.
-        self._arguments: list[list[Call]] = []
+        self._arguments: list[list[list[Call]]] = []
         self._stack = 0
         # The block that ran last, and what the stacks before have put out.
         self._last = -1
@@ -112,13 +115,14 @@ class BlockStream:
             self._arguments.append(calls)
             self.hidden.append(entry)
 
-    def _recorded(self, batch: int) -> tuple[list[Call], Tensor]:
+    def _recorded(self, batch: int) -> tuple[list[list[Call]], Tensor]:
         """Run the model on a batch: what it passes to the blocks of the present stack, and the first one's input."""
         anatomy, stack = self.anatomy, self.anatomy.stacks[self._stack]
         blocks = [anatomy.block(index) for index in range(len(anatomy))]
         forwards = [block.forward for block in blocks]
         finals = [done[batch] for done in self._finals]
-        calls: list[Call] = [((), {})] * len(blocks)
+        calls: list[list[Call]] = [[] for _ in blocks]
+        ran: list[int] = []
         entry: list[Tensor] = []
 
         def entrance(index: int, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +133,13 @@ class BlockStream:
             hidden, rest = args[0], [None if isinstance(value, CACHES) else value for value in args[1:]]
             more: tuple[Any, ...] = (None,) * anatomy.record.more_outputs
             if index in stack:
-                calls[index] = (tuple(rest), kwargs)
+                if calls[index] and ran[-1] != index:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} runs {anatomy.block_paths[index]!r} again after another block, and "
+                        "calibration goes through the blocks in turn. Choose a method or option that needs no data."
+                    )
+                calls[index].append((tuple(rest), kwargs))
+                ran.append(index)
                 entry.append(hidden)
                 if anatomy.record.hands_on:
                     more = forwards[index](hidden, *rest, **kwargs)[1 : len(more) + 1]
@@ -148,9 +158,10 @@ class BlockStream:
                 raise CalibrationError(
                     f"{type(model).__name__} does not run on a batch of {sorted(inputs)} ({error})."
                 ) from error
-        if not entry:
+        missed = [anatomy.block_paths[index] for index in stack if not calls[index]]
+        if missed:
             raise CalibrationError(
-                f"a batch of {sorted(self.batches[batch])} does not reach {anatomy.block_paths[stack.start]!r}: "
+                f"a batch of {sorted(self.batches[batch])} does not reach {missed[0]!r}: "
                 f"{type(model).__name__} has several parts, and calibration needs data for each."
             )
         return calls, entry[0]
@@ -199,19 +210,17 @@ class BlockStream:
                 other._arguments.append(tree_map(row_of, calls))
         return other
 
-    def arguments(self, index: int, batch: int) -> Call:
-        """What the model passes to block `index` beside the hidden states of a batch."""
+    def calls(self, index: int, batch: int) -> list[Call]:
+        """What the model passes to block `index` beside the hidden states of a batch, every time that it runs it."""
         self._come_to(index)
         return self._arguments[batch][index]
 
     def run(self, index: int, batch: int) -> Float[Tensor, "batch *place d"]:
         """Block `index` on the present hidden states of a batch; the stream itself does not move."""
-        args, kwargs = self.arguments(index, batch)
+        calls = self.calls(index, batch)
         self._last = index
         with torch.no_grad(), self.text_positions(batch):
-            output = self.anatomy.block(index)(self.hidden[batch], *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+            return run_calls(self.anatomy.block(index), self.hidden[batch], calls)
 
     def text_positions(self, batch: int) -> AbstractContextManager[None]:
         """Within the context, `real_tokens` leaves out the padding of a batch."""
@@ -228,6 +237,10 @@ class BlockStream:
             self.hidden[batch] = (
                 require_finite(output, f"output of {self.anatomy.block_paths[index]!r}") if check else output
             )
+
+    def finals(self, batch: int) -> list[Float[Tensor, "batch *place d"]]:
+        """What the blocks of every stack up to the present one have made of a batch."""
+        return [own[batch] for own in (*self._finals, self.hidden)]
 
     def final_loss(self) -> float:
         """What the model makes of the hidden states after the last block: mean negative log-likelihood a token.

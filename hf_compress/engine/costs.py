@@ -199,7 +199,7 @@ def block_shape(anatomy: ModelAnatomy, block: int, layout: list[dict[str, Any]])
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     specs = {entry["path"]: entry["spec"] for entry in layout}
     inner, reduced = 0, {}
-    if anatomy.record.mlp is not None:
+    if anatomy.mlp(block) is not None:
         down = anatomy.mlp_path(block, "down")
         inner = weight_count(get(down)) // hidden
         if down in specs:

@@ -14,7 +14,7 @@ from .session import Expectation, Method
 from .weights import count_weights, stored_bytes
 
 # What the libraries keep beside tensors: packed operands of products, and memory that was freed and not returned.
-LIBRARIES = 64 * 2**20
+LIBRARIES = 128 * 2**20
 # Allocations that a survey compares at once, and held-out tokens that it does so on.
 CANDIDATES, JUDGED = 5, 4096
 

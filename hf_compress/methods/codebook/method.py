@@ -152,7 +152,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         own = None if experts is None or experts.path not in paths else experts
         paths = [path for path in paths if own is None or path != own.path]
         last = None
-        if self.anatomy.record.mlp is not None and self.anatomy.mlp_feeds_residual():
+        if self.anatomy.mlp_feeds_residual(block):
             last = self.anatomy.mlp_path(block, "down")
         if not any(path in self.other_loops for path in paths):
             return collect_inputs(self.anatomy.model, paths, last if last in paths else None, experts=own)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...engine.blocks import BlockStream, real_tokens
+from ...engine.blocks import BlockStream, real_tokens, run_calls
 from ...engine.session import BlockResult
 from ...kernels.packing import unpack_codes
 from .coded import Coded, as_stored
@@ -195,11 +195,8 @@ class _Task:
             return sum(float(self.loss(sequence)) for sequence in sequences) / len(sequences)
 
     def _run(self, sequence: int) -> Tensor:
-        arguments = self.stream.arguments(self.block, sequence)
-        hidden, (args, kwargs) = tree_map(_float32, (self.stream.hidden[sequence], arguments))
-        output = self.module(hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        calls = self.stream.calls(self.block, sequence)
+        return run_calls(self.module, *tree_map(_float32, (self.stream.hidden[sequence], calls)))
 
 
 @contextmanager

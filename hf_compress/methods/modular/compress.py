@@ -84,7 +84,9 @@ def _compress_mlp(
     result: BlockResult,
 ) -> None:
     get = anatomy.model.get_submodule
-    down_path = anatomy.mlp_path(block, "down")
+    record = anatomy.mlp(block)
+    assert record is not None
+    *before_down, down_path = anatomy.mlp_paths(block).values()
     down, down_bias = _matrix(get(down_path))
     solutions = statistics.solutions
     if solutions is None:
@@ -93,17 +95,16 @@ def _compress_mlp(
     new = {down_path: _resized(get(down_path), refitted.T.to(down), down_bias)}
     before = down.numel()
     # The halves of a fused gate and up lose the same channels.
-    rows = torch.cat((kept, kept + down.shape[1])) if anatomy.mlp.fused else kept
-    for role in anatomy.mlp.roles[:-1]:
-        path = anatomy.mlp_path(block, role)
+    rows = torch.cat((kept, kept + down.shape[1])) if record.fused else kept
+    for path in before_down:
         weight, bias = _matrix(get(path))
         own = rows.to(weight.device)
         small = weight[own], None if bias is None else bias[own]
-        new[path] = _resized(get(path), *small, groups=2 if anatomy.mlp.fused else 1)
+        new[path] = _resized(get(path), *small, groups=2 if record.fused else 1)
         before += weight.numel()
     result.modules.update(new)
     after = sum(module.weight.numel() for module in new.values())
-    place, error = join(anatomy.block_paths[block], anatomy.mlp.path), float(solutions.errors[width])
+    place, error = join(anatomy.block_paths[block], record.path), float(solutions.errors[width])
     result.rows.append(ModuleReport(block, place, "mlp", down.shape[1], width, before, after, error))
 
 

@@ -32,16 +32,17 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
             spec = {"width": reduced["mlp"]}
             entries.append({"path": experts.path, "type": ResizedExperts.layout_type, "spec": spec})
             continue
-        for role in anatomy.mlp.roles if "mlp" in reduced else ():
-            path = anatomy.mlp_path(block, role)
+        record = anatomy.mlp(block)
+        fused = record is not None and record.fused
+        for role, path in anatomy.mlp_paths(block).items() if "mlp" in reduced else ():
             layer = get(path)
             outputs, inputs = dense_rows(layer).shape
             shape = {"in_features": inputs, "out_features": outputs}
             if role == "down":
                 shape["in_features"] = reduced["mlp"]
             else:
-                shape["out_features"] = reduced["mlp"] * (2 if anatomy.mlp.fused else 1)
-                shape |= {"groups": 2} if anatomy.mlp.fused else {}
+                shape["out_features"] = reduced["mlp"] * (2 if fused else 1)
+                shape |= {"groups": 2} if fused else {}
             kind = ResizedConv1D if isinstance(layer, Conv1D) else ResizedLinear
             entries.append({"path": path, "type": kind.layout_type, "spec": shape})
     return entries

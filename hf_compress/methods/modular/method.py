@@ -96,9 +96,11 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             )
 
     def _width_field(self) -> str | None:
-        record = self.anatomy.record
-        part = record.mlp or record.experts
-        return None if part is None else part.width_field
+        anatomy = self.anatomy
+        parts = {anatomy.mlp(block) or anatomy.record.experts for block in range(len(anatomy))}
+        fields = {part.width_field for part in parts if part is not None}
+        # Of several none is the width of all.
+        return fields.pop() if len(fields) == 1 else None
 
     def _other_users_of(self, field: str, width: int) -> list[str]:
         """Parameters outside the blocks whose shapes change with the field of the config."""
@@ -231,8 +233,6 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             found = f"no head on {type(self.anatomy.model).__name__}"
         elif not session.held_out:
             found = "no held-out sequence"
-        elif not by_tokens and len(self.anatomy.stacks) > 1:
-            found = f"more than one stack of blocks in {type(self.anatomy.model).__name__}"
         elif by_tokens and any("input_ids" not in batch for batch in session.held_out):
             found = "a batch without `input_ids`"
         if found is not None:
@@ -265,8 +265,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         return collect_statistics(self.anatomy, block, set(self._reduced(block)))
 
     def observe(self, statistics: BlockStatistics, output: Tensor, dense_output: Tensor) -> None:
-        if self.anatomy.record.mlp is not None and self.anatomy.mlp_feeds_residual():
-            statistics.observe_drift(output, dense_output)
+        statistics.observe_drift(output, dense_output)
 
     def sums(self, statistics: BlockStatistics) -> dict[str, Tensor]:
         return statistics.sums()
@@ -294,8 +293,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
                 experts.module.__class__ = dense_class(experts.module)
                 inputs = experts.width
                 continue
-            for role in self.anatomy.mlp.roles:
-                path = self.anatomy.mlp_path(block, role)
+            for path in self.anatomy.mlp_paths(block).values():
                 layer: Any = model.get_submodule(path)
                 with torch.device("meta"):
                     inputs, outputs = layer.in_features, layer.out_features

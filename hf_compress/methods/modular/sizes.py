@@ -69,9 +69,10 @@ class Geometry:
                 alone = [path for path, own in anatomy.named_matrices(block) if own == kind]
                 of_kind[kind] += sum(dense_rows(anatomy.model.get_submodule(path)).numel() for path in alone)
                 paths = _matrix_paths(anatomy, block, kind)
+                if alone:
+                    what = f"{kind} of block {block}" + (": " + ", ".join(alone) if paths else "")
+                    left_alone.append(f"{what}: the family's record has only its single matrices")
                 if not paths:
-                    if alone:
-                        left_alone.append(f"{kind} of block {block}: the family's record has only its single matrices")
                     continue
                 of_kind[kind] += _weights_of_kind(anatomy, block, kind, paths)
                 part = _module(anatomy, config, block, kind, paths)
@@ -105,7 +106,7 @@ def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
         experts = anatomy.experts(block)
         if experts is not None:
             return [experts.path]
-        return [] if anatomy.record.mlp is None else [anatomy.mlp_path(block, role) for role in anatomy.mlp.roles]
+        return list(anatomy.mlp_paths(block).values())
     if anatomy.record.attention is None:
         return []
     roles = ("query", "key") if kind == "query_key" else ("value", "output")

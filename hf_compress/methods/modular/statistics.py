@@ -36,6 +36,7 @@ class BlockStatistics:
             residual stream back to that of the dense model, (width, d_model).
         experts: of a block with experts, in place of `mlp`.
         solutions: what the MLP's statistics were solved to.
+        feeds_residual: whether the down projection's output is added to the residual stream as it is.
     """
 
     mlp: Float[Tensor, "width width"] | None = None
@@ -47,6 +48,7 @@ class BlockStatistics:
     key_tokens: Int64[Tensor, ""] | None = None
     experts: ExpertStatistics | None = None
     solutions: NystromSolutions | None = None
+    feeds_residual: bool = False
     _inner: Float[Tensor, "tokens width"] | None = None
 
     def add(self, name: str, value: Tensor) -> None:
@@ -64,7 +66,7 @@ class BlockStatistics:
     def add_inner(self, inner: Float[Tensor, "tokens width"]) -> None:
         """The inputs of the down projection for one batch."""
         self.add("mlp", gram(inner))
-        self._inner = inner
+        self._inner = inner if self.feeds_residual else None
 
     def observe_drift(self, output: Tensor, dense_output: Tensor) -> None:
         """After a batch: its output of the block beside the dense model's."""
@@ -77,7 +79,7 @@ class BlockStatistics:
 @contextmanager
 def collect_statistics(anatomy: ModelAnatomy, block: int, kinds: set[Kind]) -> Iterator[BlockStatistics]:
     """Attach hooks to the projections of a block for the kinds asked for; padding tokens are left out."""
-    statistics = BlockStatistics()
+    statistics = BlockStatistics(feeds_residual=anatomy.mlp_feeds_residual(block))
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def on_output(module: nn.Module, add: Callable[[Tensor], None]) -> None:

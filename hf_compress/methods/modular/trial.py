@@ -61,27 +61,41 @@ def hidden_state_error(stream: BlockStream, dense: BlockStream) -> float:
     """`Σ ‖h − h_dense‖² / Σ ‖h_dense‖²` over all positions that are no padding.
 
     `h` are the last hidden states of the base model, after its final norm if it has one: what every head of an encoder
-    reads. Both streams have passed the last block, one of them the dense blocks.
+    reads; of an encoder and decoder the decoder's. Of two towers it is the mean of both. Both streams have passed the
+    last block, one of them the dense blocks.
     """
-    lost = energy = 0.0
+    lost: list[float] = []
+    energy: list[float] = []
     for batch in range(len(stream)):
-        found, wanted = (_final_states(each, batch) for each in (stream, dense))
-        with stream.text_positions(batch):
-            found, wanted = real_tokens(found).double(), real_tokens(wanted).double()
-        lost += float((found - wanted).square().sum())
-        energy += float(wanted.square().sum())
-    return lost / energy if energy > 0 else 0.0
+        pairs = zip(_final_states(stream, batch), _final_states(dense, batch), strict=True)
+        for tower, (found, wanted) in enumerate(pairs):
+            if batch == 0:
+                lost.append(0.0)
+                energy.append(0.0)
+            with stream.text_positions(batch):
+                found, wanted = real_tokens(found).double(), real_tokens(wanted).double()
+            lost[tower] += float((found - wanted).square().sum())
+            energy[tower] += float(wanted.square().sum())
+    return sum(own / whole for own, whole in zip(lost, energy, strict=True) if whole > 0) / max(len(lost), 1)
 
 
-def _final_states(stream: BlockStream, batch: int) -> Tensor:
-    """What the base model makes of the hidden states of a batch after the last block."""
+def _final_states(stream: BlockStream, batch: int) -> list[Tensor]:
+    """What the base model makes of the hidden states of a batch after the last block; of two towers, those of both."""
     blocks = [stream.anatomy.block(index) for index in range(len(stream.anatomy))]
-    model, final = stream.anatomy.model.base_model, stream.hidden[batch]
-    with torch.no_grad(), replaced_forward(blocks, lambda *_, **__: final):
+    finals = stream.finals(batch)
+    # Blocks have more than one output where the next one takes them up, and those are of no use here.
+    more = (None,) * stream.anatomy.record.more_outputs
+
+    def final(index: int, *_: Any, **__: Any) -> Any:
+        states = next(own for own, stack in zip(finals, stream.anatomy.stacks, strict=True) if index in stack)
+        return (states, *more) if more else states
+
+    model = stream.anatomy.model.base_model
+    with torch.no_grad(), replaced_forward(blocks, final):
         output: Any = model(**model_inputs(model, stream.batches[batch]))
     states = getattr(output, "last_hidden_state", None)
     # A backbone gives maps of features, some of them without the last norm: then the blocks' own output counts.
-    return states if isinstance(states, Tensor) else final
+    return [states] if isinstance(states, Tensor) else finals
 
 
 def shown(anatomy: ModelAnatomy, loss: float) -> tuple[str, float]:

@@ -197,10 +197,7 @@ def _attention(anatomy: ModelAnatomy, block: int) -> Group | None:
 
 
 def _mlp(anatomy: ModelAnatomy, block: int) -> Group | None:
-    if anatomy.record.mlp is not None:
-        paths = [anatomy.mlp_path(block, role) for role in anatomy.mlp.roles]
-    else:
-        paths = _by_kind(anatomy, block, "mlp")
+    paths = list(anatomy.mlp_paths(block).values()) or _by_kind(anatomy, block, "mlp")
     modules = [_linear(anatomy, path) for path in paths]
     if len(paths) < 2 or any(module is None for module in modules):
         return None

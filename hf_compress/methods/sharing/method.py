@@ -11,6 +11,7 @@ from transformers.models.albert.modeling_albert import AlbertTransformer
 
 from ...anatomy import ModelAnatomy, dense_rows, join
 from ...engine.exclusion import is_excluded
+from ...engine.freed import return_freed_memory
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
@@ -114,7 +115,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             before: list[str] | None = self.running.scaled
             return before
         record, block = self.anatomy.record, self.anatomy.block_paths[0]
-        if record.mlp is not None and record.mlp.output_normed:
+        if any(mlp.output_normed for mlp in record.mlps):
             return None
         wanted = []
         for kind in ("value_output", "mlp"):
@@ -189,12 +190,13 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         for kept in range(unique):
             owner = self.assigned.index(kept)
             for path, _ in self._shared(owner):
-                found = [
-                    dense_rows(self.anatomy.model.get_submodule(self._path_in(layer, path, owner))).double()
-                    for layer in layers[kept]
-                ]
-                dense = dense_rows(self.anatomy.model.get_submodule(path))
-                self._initial[path] = torch.stack(found).mean(dim=0).to(dense.dtype)
+                self._initial[path] = mean = torch.empty_like(dense_rows(self.anatomy.model.get_submodule(path)))
+                total = torch.zeros(mean.shape, dtype=torch.float64, device=mean.device)
+                for layer in layers[kept]:
+                    other = dense_rows(self.anatomy.model.get_submodule(self._path_in(layer, path, owner)))
+                    total += other.to(total.device)
+                mean.copy_(total.div_(len(layers[kept])))
+            return_freed_memory()
 
     def collect(self, block: int) -> AbstractContextManager[None]:
         return nullcontext()
