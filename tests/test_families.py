@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hf_compress
 from hf_compress import CodebookConfig, LayerSharingConfig, ModularDecompositionConfig, PruningConfig
 from hf_compress.anatomy import known_model_types, resolve_anatomy
+from hf_compress.calibration.data import load_calibration_data
 from hf_compress.cli.app import app
 from hf_compress.engine.blocks import BlockStream, complete, model_inputs
 from hf_compress.methods.modular.compress import compress_block
@@ -256,6 +257,47 @@ def test_an_interrupted_run_goes_on_in_the_second_stack(tmp_path: Path, monkeypa
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.parametrize("name", ["bart", "whisper", "clip"])
+def test_kinds_are_probed_on_several_stacks(name: str) -> None:
+    """What the probe says of its choice is what a user measures on the held-out data."""
+    data = inputs(name, 24, seed=1)
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {key: tensor[torch.tensor(rows)] for key, tensor in data.items()}
+
+    source = hf_compress.CalibrationConfig(
+        list(range(24)), data_collator=collate, num_samples=16, num_held_out=8, batch_size=8
+    )
+    recipe = ModularDecompositionConfig(reduction=0.3, rank_multiple=2, calibration=source)
+    model = hf_compress.compress(make(name), recipe)
+    notes = model.compression_report.notes
+    assert len(notes["block_influence"]) == len(resolve_anatomy(make(name)))
+    chosen = notes["kind_reductions"]
+    trial = next(trial for trial in notes["division_trials"] if chosen.items() <= trial.items())
+
+    held_out = complete(make(name), load_calibration_data(source, None).held_out[0])
+    found, wanted = (final_states(each, held_out) for each in (model, make(name)))
+    errors = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, wanted, strict=True)]
+    assert trial["hidden_state_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=1e-5)
+
+
+def final_states(model: PreTrainedModel, batch: Any) -> list[torch.Tensor]:
+    """Of the positions that are no padding: the decoder's states behind its norm, or those of both towers before."""
+    anatomy, seen = resolve_anatomy(model), dict[int, Any]()
+    handles = [
+        anatomy.block(stack.stop - 1).register_forward_hook(lambda _, __, output, at=at: seen.update({at: output}))
+        for at, stack in enumerate(anatomy.stacks)
+    ]
+    with torch.no_grad():
+        output = model(**model_inputs(model, batch))
+    for handle in handles:
+        handle.remove()
+    if "last_hidden_state" in output:
+        states, mask = output.last_hidden_state, batch.get("decoder_attention_mask")
+        return [states if mask is None else states[mask.bool()]]
+    return [seen[0][batch["attention_mask"].bool()], seen[1]]
+
+
 class TestEncoderDecoderBatches:
     def test_the_decoder_reads_labels_one_token_later(self) -> None:
         model = make("bart")
@@ -347,7 +389,8 @@ def test_families_on_the_command_line() -> None:
     run = CliRunner().invoke(app, ["families", "t5", "mixtral", "--json"])
     assert run.exit_code == 0
     t5, mixtral = json.loads(run.stdout)
-    assert t5["methods"]["codebooks"] == {"works": "yes", "reason": ""}
+    assert t5["methods"]["MLPs"] == {"works": "yes", "reason": ""}
+    assert t5["methods"]["codebooks"]["works"] == "partly" and "wo.weight" in t5["methods"]["codebooks"]["reason"]
     assert t5["methods"]["sharing"]["works"] == "no" and "one list of blocks" in t5["methods"]["sharing"]["reason"]
     assert mixtral["methods"]["MLPs"]["works"] == mixtral["methods"]["codebooks"]["works"] == "yes"
     assert sum(mixtral["left_dense"].values()) < 0.01

@@ -23,7 +23,7 @@ from .records import (
     known_model_types,
     register_anatomy,
 )
-from .shares import unreached, unreached_shares, untouched_experts
+from .shares import unreached, unreached_shares, untouched_experts, untouched_matrices
 
 __all__ = [
     "MATRICES",
@@ -46,5 +46,6 @@ __all__ = [
     "unreached",
     "unreached_shares",
     "untouched_experts",
+    "untouched_matrices",
     "weight_count",
 ]

@@ -24,7 +24,7 @@ def unreached_shares(anatomy: ModelAnatomy) -> dict[str, float]:
     model = anatomy.model
     inside: dict[str, list[int]] = {}
     for index in range(len(anatomy)):
-        matrices = {path for path, _ in anatomy.block_weights(index)}
+        matrices = {path for path, _ in anatomy.block_weights(index)} | set(anatomy.mlp_paths(index).values())
         for name, module in anatomy.block(index).named_modules():
             if join(anatomy.block_paths[index], name) not in matrices:
                 for own, weights in _weights(module):
@@ -50,6 +50,27 @@ def untouched_experts(anatomy: ModelAnatomy, total: int) -> list[str]:
     what = f"{anatomy.record.experts.path.removesuffix('?')} ({type(left[0].module).__name__})"
     share = sum(experts.weights for experts in left) / total
     return [f"{what} in {len(left)} blocks: {share:.1%} of the model's weights stay as they are"]
+
+
+def untouched_matrices(anatomy: ModelAnatomy, total: int) -> list[str]:
+    """For a method that does not reach matrices which the record wants dense and another method makes smaller: those
+    of the model, as lines of its report.
+
+    Args:
+        total: weights of the dense model.
+    """
+    found: dict[str, list[int]] = {}
+    for index in range(len(anatomy)):
+        touched = {path for path, _ in anatomy.block_matrices(index)}
+        for path in anatomy.mlp_paths(index).values():
+            module = anatomy.model.get_submodule(path)
+            name = path.removeprefix(f"{anatomy.block_paths[index]}.")
+            for own, weights in () if path in touched else _weights(module):
+                found.setdefault(f"{join(name, own)} ({type(module).__name__})", []).append(weights)
+    return [
+        f"{what} in {len(counts)} blocks: {sum(counts) / total:.1%} of the model's weights stay as they are"
+        for what, counts in found.items()
+    ]
 
 
 def _outside(anatomy: ModelAnatomy) -> dict[str, int]:

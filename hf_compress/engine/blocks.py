@@ -166,7 +166,7 @@ class BlockStream:
             )
         return calls, entry[0]
 
-    def _come_to(self, index: int) -> None:
+    def come_to(self, index: int) -> None:
         """Enter the stack of a block, unless the stream is in it already."""
         stacks = self.anatomy.stacks
         while index not in stacks[self._stack]:
@@ -212,7 +212,7 @@ class BlockStream:
 
     def calls(self, index: int, batch: int) -> list[Call]:
         """What the model passes to block `index` beside the hidden states of a batch, every time that it runs it."""
-        self._come_to(index)
+        self.come_to(index)
         return self._arguments[batch][index]
 
     def run(self, index: int, batch: int) -> Float[Tensor, "batch *place d"]:

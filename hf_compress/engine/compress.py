@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import ModelAnatomy, resolve_anatomy, unreached, untouched_experts
+from ..anatomy import ModelAnatomy, resolve_anatomy, unreached, untouched_experts, untouched_matrices
 from ..calibration.configuration import CalibrationConfig
 from ..calibration.sources import check_local_data
 from ..configuration import CompressionConfig, MethodConfig
@@ -254,6 +254,8 @@ def _run(
         method = create_method(stage, anatomy)
         if not method.reaches_experts:
             left_alone += untouched_experts(anatomy, before[1])
+        if not method.reaches_left_dense:
+            left_alone += untouched_matrices(anatomy, before[1])
         data = processes.once(partial(inputs.load, model, method, source))
         fingerprint = {
             "recipe": hashlib.sha256(json.dumps(stage.to_dict(), sort_keys=True).encode()).hexdigest(),

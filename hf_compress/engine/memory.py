@@ -13,8 +13,9 @@ from .blocks import LOGIT_ROWS
 from .session import Expectation, Method
 from .weights import count_weights, stored_bytes
 
-# What the libraries keep beside tensors: packed operands of products, and memory that was freed and not returned.
-LIBRARIES = 128 * 2**20
+# What the libraries keep beside tensors: packed operands of products, and memory that was freed and not returned; of
+# the last more where the C library may keep it (`freed.keep_heap_small`).
+LIBRARIES, UNRETURNED = 64 * 2**20, 64 * 2**20
 # Allocations that a survey compares at once, and held-out tokens that it does so on.
 CANDIDATES, JUDGED = 5, 4096
 
@@ -121,7 +122,7 @@ class StagePeak:
 
     def whole(self, workload: Workload) -> int:
         """With the model in memory."""
-        return self.model_bytes + LIBRARIES + self._work(workload, workload.tokens)
+        return self.model_bytes + LIBRARIES + UNRETURNED + self._work(workload, workload.tokens)
 
     def streamed(self, workload: Workload, *, in_files: bool) -> int:
         """With one block in memory at a time; the residual stream in memory or in files."""

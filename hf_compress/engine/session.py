@@ -141,6 +141,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     spreads: bool = False
     #: Whether experts in parameters of three dimensions are compressed as well.
     reaches_experts: ClassVar[bool] = False
+    #: Whether matrices whose dtype the family's class looks at are compressed as well: what replaces them has one.
+    reaches_left_dense: ClassVar[bool] = False
     #: Weights of a block up to which two of them can be compressed in a few seconds, to see how long it takes.
     quick_weights: ClassVar[int] = 2**23
 

@@ -14,7 +14,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from ..anatomy import ModelAnatomy, find_record, known_model_types, resolve_anatomy, unreached_shares
+from ..anatomy import (
+    ModelAnatomy,
+    find_record,
+    known_model_types,
+    resolve_anatomy,
+    unreached_shares,
+    untouched_matrices,
+)
 from ..configuration import method_config_from_dict
 from ..errors import CompressionError, ConfigurationError
 from .registry import create_method
@@ -119,6 +126,8 @@ def _support(recipes: list[dict[str, Any]], anatomy: ModelAnatomy, name: str) ->
             reasons = [reason for reason in reasons if reason in refusals or reason.startswith(tuple(recipe["kinds"]))]
         if anatomy.record.experts is not None and not method.reaches_experts:
             reasons.append("experts stay dense")
+        if not method.reaches_left_dense:
+            reasons += untouched_matrices(anatomy, sum(parameter.numel() for parameter in anatomy.model.parameters()))
         return Support("partly", reasons[0]) if reasons else Support("yes")
     return Support("no", refusals[0])
 

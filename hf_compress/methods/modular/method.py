@@ -50,6 +50,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
     leaves = tuple(kind.layout_type for kind in (ResizedLinear, ResizedConv1D, ResizedExperts, DecomposedAttention))
     spreads = True
     reaches_experts = True
+    reaches_left_dense = True
 
     def __init__(self, config: ModularDecompositionConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
@@ -311,6 +312,7 @@ def block_influence(session: Session) -> torch.Tensor:
     stream = session.stream(take_tokens(session.batches, INFLUENCE_TOKENS))
     influence = torch.zeros(len(session.anatomy), dtype=torch.float64)
     for block in session.progress(range(len(session.anatomy)), "survey"):
+        stream.come_to(block)
         before = stream.hidden.copy()
         stream.advance(block)
         parts = []
