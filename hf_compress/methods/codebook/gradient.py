@@ -23,6 +23,8 @@ MOMENTUM = 0.9
 RATE = 0.05
 # Codes nearer than this share of the mean gap are no nearer to the proximal gradient: its reciprocal stays finite.
 NEAREST = 0.1
+# Logits in work at a time: as many as stay in a core's cache through a step's dozen operations.
+IN_WORK = 2**17
 
 Weighting = Literal["proximal", "distance"]
 
@@ -103,12 +105,23 @@ class _Logits:
         self.unit: float | None = None
 
     def step(self, slope: Tensor, coded: Coded, rate: float, curvature: float) -> Tensor:
-        gradient = logit_gradients(slope, coded, self.weighting)
+        rows, columns, codes = self.logits.shape
+        count = max(IN_WORK // (columns * codes), 1)
+        parts = [slice(first, first + count) for first in range(0, rows, count)]
         if self.unit is None:
-            self.unit = float(gradient.square().mean().sqrt().clamp_min(torch.finfo(slope.dtype).tiny))
-        self.velocity.mul_(MOMENTUM).add_(gradient, alpha=1 / self.unit)
-        self.logits.sub_(self.velocity, alpha=RATE * rate)
-        return self.logits.argmax(dim=2)
+            squares = sum(float(self._gradients(slope, coded, part).square().sum()) for part in parts)
+            self.unit = max((squares / self.logits.numel()) ** 0.5, torch.finfo(slope.dtype).tiny)
+        best = torch.empty_like(coded.codes)
+        for part in parts:
+            velocity, logits = self.velocity[part], self.logits[part]
+            velocity.mul_(MOMENTUM).add_(self._gradients(slope, coded, part), alpha=1 / self.unit)
+            logits.sub_(velocity, alpha=RATE * rate)
+            torch.argmax(logits, dim=2, out=best[part])
+        return best
+
+    def _gradients(self, slope: Tensor, coded: Coded, rows: slice) -> Tensor:
+        own = replace(coded, codes=coded.codes[rows], scales=coded.scales[rows], row_codebook=coded.row_codebook[rows])
+        return logit_gradients(slope[rows], own, self.weighting)
 
 
 class _Latent:
