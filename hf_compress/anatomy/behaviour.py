@@ -79,13 +79,14 @@ def _random_inputs(model: Any) -> dict[str, Tensor]:
 def _differences(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor]) -> Iterator[tuple[str, str, float]]:
     """Path of every part of a block, the fields of its record, and how far the two outputs are apart."""
     record, get = anatomy.record, anatomy.model.get_submodule
-    if record.attention is not None:
-        path = anatomy.attention_path(block)
-        matrices = [get(anatomy.attention_path(block, role)) for role in ("query", "key", "value", "output")]
+    for which in range(anatomy.attention_count(block)):
+        assert record.attention is not None
+        path = anatomy.attention_path(block, which=which)
+        matrices = [get(anatomy.attention_path(block, role, which)) for role in ("query", "key", "value", "output")]
         dense = is_dense_class(get(path)) and all(dense_sizes(matrix) for matrix in matrices)
         if dense and not any(read_attribute(get(path), flag) for flag in record.attention.left_if):
             fields = "`fused`, `rotary`, the norms, `scaling`, `softcap` or the projections of its AttentionAnatomy"
-            yield path, fields, _attention_difference(anatomy, block, batch)
+            yield path, fields, _attention_difference(anatomy, block, which, batch)
     if anatomy.mlp(block) is not None:
         path = anatomy.mlp_path(block, "down")
         yield path, "`up`, `gate` or `down` of its MlpAnatomy", _mlp_difference(anatomy, block, batch)
@@ -115,11 +116,12 @@ def _run(model: PreTrainedModel, batch: dict[str, Tensor], decoder: bool) -> Non
     model(**batch, **({"use_cache": False} if decoder else {}))
 
 
-def _attention_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Tensor]) -> float:
+def _attention_difference(anatomy: ModelAnatomy, block: int, which: int, batch: dict[str, Tensor]) -> float:
     from ..methods.modular.heads import INPUTS, Heads  # a method, which stands on this package
     from ..methods.modular.modules import DecomposedAttention
 
-    dense, heads = anatomy.model.get_submodule(anatomy.attention_path(block)), Heads.of_block(anatomy, block)
+    path, heads = anatomy.attention_path(block, which=which), Heads.of_block(anatomy, block, which)
+    dense = anatomy.model.get_submodule(path)
     described = DecomposedAttention(dense, anatomy.attention, heads.head_dim, heads.head_dim, output_bias=False)
     described.fill({role: heads.weights(role) for role in (*INPUTS, "output")}, {})
     described.eval()
@@ -132,7 +134,7 @@ def _attention_difference(anatomy: ModelAnatomy, block: int, batch: dict[str, Te
             differences.append(_relative(found.reshape(wanted.shape), wanted))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise UnsupportedModelError(
-                f"{anatomy.attention_path(block)!r} of {type(anatomy.model).__name__} cannot be computed as its "
+                f"{path!r} of {type(anatomy.model).__name__} cannot be computed as its "
                 f"record says: {str(error) or type(error).__name__}. Correct its AttentionAnatomy, or name the "
                 "block's matrices in `kinds` alone."
             ) from error

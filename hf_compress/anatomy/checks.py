@@ -38,8 +38,8 @@ def check_parts(anatomy: ModelAnatomy, model_type: str) -> None:
 
 
 def _faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
-    if anatomy.record.attention is not None:
-        yield from _attention_faults(anatomy, block)
+    for which in range(anatomy.attention_count(block)):
+        yield from _attention_faults(anatomy, block, which)
     record = anatomy.mlp(block)
     if record is not None:
         yield from _mlp_faults(anatomy, block, record)
@@ -74,8 +74,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _attention_faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
-    record, path = anatomy.attention, anatomy.attention_path(block)
+def _attention_faults(anatomy: ModelAnatomy, block: int, which: int) -> Iterator[str]:
+    record, path = anatomy.attention, anatomy.attention_path(block, which=which)
     module = anatomy.model.get_submodule(path)
     if not is_dense_class(module):
         return
@@ -86,7 +86,8 @@ def _attention_faults(anatomy: ModelAnatomy, block: int) -> Iterator[str]:
     yield from _argument_faults(record, module, where)
     get = anatomy.model.get_submodule
     sizes = {
-        role: dense_sizes(get(anatomy.attention_path(block, role))) for role in ("query", "key", "value", "output")
+        role: dense_sizes(get(anatomy.attention_path(block, role, which)))
+        for role in ("query", "key", "value", "output")
     }
     head_dim = int(_find(module, record.head_dim)[1])
     yield from (f"{fault}, in {where}" for fault in _head_faults(record, head_dim, sizes))

@@ -94,20 +94,19 @@ def _register_matrices(
     query_key: tuple[str, ...],
     value_output: tuple[str, ...],
     mlp: MlpAnatomy | tuple[MlpAnatomy, ...],
-    attention: AttentionAnatomy | None = None,
     decoder: bool = False,
     left_dense: tuple[str, ...] = (),
     fixed_heads: bool = False,
     more_outputs: int = 0,
     hands_on: bool = False,
 ) -> None:
-    """A family whose attention, or that of decoder to encoder, is described matrix by matrix."""
+    """A family whose attention is described matrix by matrix."""
     pairs = (*((path, "query_key") for path in query_key), *((path, "value_output") for path in value_output))
     register_anatomy(
         Anatomy(
             model_types=model_types,
             blocks=blocks,
-            attention=attention,
+            attention=None,
             mlp=mlp,
             kinds=pairs,
             decoder=decoder,
@@ -359,20 +358,21 @@ for _towers, _lists, _field in (
     )
 
 # Encoders and decoders; the decoder's blocks attend to the encoder's output as well.
-_ATTENTION = AttentionAnatomy(output="out_proj", rotary=None, dropout="dropout")
-for _families, _own_attention in (
+_ATTENTION = AttentionAnatomy(cross_path="encoder_attn", output="out_proj", rotary=None, dropout="dropout")
+for _families, _both_attentions in (
     (("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small"), _ATTENTION),
     (("speech_to_text",), replace(_ATTENTION, fixed_heads=True)),
     (("whisper",), replace(_ATTENTION, fixed_heads=True, query_prescaled=True)),
 ):
-    _register_matrices(
-        _families,
-        ("encoder.layers", "decoder.layers"),
-        attention=_own_attention,
-        query_key=("encoder_attn.q_proj?", "encoder_attn.k_proj?"),
-        value_output=("encoder_attn.v_proj?", "encoder_attn.out_proj?"),
-        # Encoder and decoder have a field for the width each, and some families norm the sum.
-        mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False),
+    register_anatomy(
+        Anatomy(
+            model_types=_families,
+            blocks=("encoder.layers", "decoder.layers"),
+            attention=_both_attentions,
+            # Encoder and decoder have a field for the width each, and some families norm the sum.
+            mlp=MlpAnatomy(path="", up="fc1", gate=None, down="fc2", width_field=None, feeds_residual=False),
+            decoder=False,
+        )
     )
 _register_matrices(
     ("t5", "mt5"),

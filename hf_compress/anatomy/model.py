@@ -115,20 +115,31 @@ class ModelAnatomy:
         record = self.mlp(index)
         return {} if record is None else {role: self.mlp_path(index, role) for role in record.roles}
 
-    def attention_path(self, index: int, role: str | None = None) -> str:
-        """Path of the attention module, or of the projection with `role` "query", "key", "value" or "output"."""
-        inner = getattr(self.attention, role) if role else ""
-        if role == "output" and self.attention.output_outside:
+    def attention_count(self, index: int) -> int:
+        """How many attentions of a block the record describes: none, its own, and in some that to the encoder."""
+        record = self.record.attention
+        if record is None:
+            return 0
+        return 1 + (record.cross_path is not None and _has_module(self.block(index), record.cross_path))
+
+    def attention_path(self, index: int, role: str | None = None, which: int = 0) -> str:
+        """Path of an attention module, or of its projection with `role` "query", "key", "value" or "output"; the
+        second of two is that to the encoder."""
+        record = self.attention
+        inner = getattr(record, role) if role else ""
+        if role == "output" and record.output_outside:
             return join(self.block_paths[index], inner)
-        return join(self.block_paths[index], self.attention.path, inner)
+        module = record.cross_path if which else record.path
+        assert module is not None
+        return join(self.block_paths[index], module, inner)
 
     def matrices_of_kind(self, index: int) -> Iterator[tuple[str, str]]:
         """Path and kind of every matrix that the record names; a fused query, key and value counts as "query_key"."""
         found: dict[str, str] = {}
-        if self.record.attention is not None:
+        for which in range(self.attention_count(index)):
             for role in ("query", "key", "value", "output"):
                 kind = "query_key" if role in ("query", "key") else "value_output"
-                found.setdefault(self.attention_path(index, role), kind)
+                found.setdefault(self.attention_path(index, role, which), kind)
         found.update((path, "mlp") for path in self.mlp_paths(index).values())
         found.update(self.named_matrices(index))
         yield from found.items()

@@ -17,6 +17,8 @@ class AttentionAnatomy:
 
     Args:
         path: the attention module, relative to the block.
+        cross_path: another module of the same kind, by which the blocks of a decoder attend to the encoder's output;
+            other blocks lack it.
         query, key, value, output: the four projections, `nn.Linear` or the transposed `Conv1D` of GPT-2.
         fused: query, key and value name one projection, whose outputs are all queries, all keys and all values in turn
             (`"side_by_side"`), or for each key head its queries, its key and its value (`"by_head"`).
@@ -41,6 +43,7 @@ class AttentionAnatomy:
     """
 
     path: str = "self_attn"
+    cross_path: str | None = None
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -248,7 +251,7 @@ def _attention_fault(record: AttentionAnatomy) -> str | None:
     unnamed = _unnamed(
         record,
         ("path", "query", "key", "value", "output", "head_dim", "scaling", "dropout", "cache"),
-        ("rotary_flag", "query_norm", "key_norm", "softcap", "sliding_window", "output_dropout"),
+        ("cross_path", "rotary_flag", "query_norm", "key_norm", "softcap", "sliding_window", "output_dropout"),
     )
     if unnamed is not None:
         return unnamed
@@ -275,6 +278,8 @@ def _attention_fault(record: AttentionAnatomy) -> str | None:
         )
     if not inside and record.output_dropout is not None:
         return "`output_dropout` is that of an output projection in the attention module, and `output_outside` is true"
+    if record.cross_path is not None and (record.rotary or record.fused or record.output_outside):
+        return "`cross_path` is that of an attention with three projections of its own and without a rotary embedding"
     if record.rotary is None and record.rotary_flag is not None:
         return f"`rotary_flag` is {record.rotary_flag!r} without `rotary`"
     if record.norm_offset and record.query_norm is None and record.key_norm is None:

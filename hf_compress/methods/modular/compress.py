@@ -19,7 +19,7 @@ from . import mathematics
 from .configuration import Kind, ModularDecompositionConfig
 from .heads import INPUTS, Heads, Role
 from .modules import DecomposedAttention
-from .statistics import BlockStatistics
+from .statistics import AttentionStatistics, BlockStatistics
 
 # Weight and bias of every role.
 Parts: TypeAlias = dict[Role, tuple[Tensor, Tensor | None]]
@@ -55,9 +55,9 @@ def compress_block(
         with naming(path):
             _compress_mlp(anatomy, config, block, sizes["mlp"], statistics, result)
     if "query_key" in sizes or "value_output" in sizes:
-        path = anatomy.attention_path(block)
-        with naming(path):
-            _compress_attention(anatomy, config, block, sizes, statistics, result)
+        for which in range(anatomy.attention_count(block)):
+            with naming(anatomy.attention_path(block, which=which)):
+                _compress_attention(anatomy, config, block, which, sizes, statistics, result)
     return result
 
 
@@ -175,11 +175,13 @@ def _compress_attention(
     anatomy: ModelAnatomy,
     config: ModularDecompositionConfig,
     block: int,
+    which: int,
     sizes: dict[Kind, int],
     statistics: BlockStatistics,
     result: BlockResult,
 ) -> None:
-    path, heads = anatomy.attention_path(block), Heads.of_block(anatomy, block)
+    path, heads = anatomy.attention_path(block, which=which), Heads.of_block(anatomy, block, which)
+    seen = statistics.attentions[which]
     dense, head_dim = anatomy.model.get_submodule(path), heads.head_dim
     query_key_dim = sizes.get("query_key", head_dim)
     value_dim = sizes.get("value_output", head_dim)
@@ -190,9 +192,9 @@ def _compress_attention(
     others: dict[str, Tensor] = {}
     errors: dict[Kind, float] = {}
     if "query_key" in sizes:
-        errors["query_key"] = _reduce_query_key(dense, heads, new, statistics, parts, others)
+        errors["query_key"] = _reduce_query_key(dense, heads, new, seen, parts, others)
     if "value_output" in sizes:
-        errors["value_output"] = _reduce_value_output(config, heads, value_dim, statistics, parts)
+        errors["value_output"] = _reduce_value_output(config, heads, value_dim, seen, parts)
     new.fill(parts, others)
     new.train(dense.training)
     result.modules[path] = new
@@ -212,7 +214,7 @@ def _reduce_query_key(
     dense: nn.Module,
     heads: Heads,
     new: DecomposedAttention,
-    statistics: BlockStatistics,
+    statistics: AttentionStatistics,
     parts: Parts,
     others: dict[str, Tensor],
 ) -> float:
@@ -265,7 +267,7 @@ def _norm_weight(weight: Tensor, energy: Tensor, dims: Tensor) -> Tensor:
 
 
 def _reduce_value_output(
-    config: ModularDecompositionConfig, heads: Heads, rank: int, statistics: BlockStatistics, parts: Parts
+    config: ModularDecompositionConfig, heads: Heads, rank: int, statistics: AttentionStatistics, parts: Parts
 ) -> float:
     """Replace value and output by the smaller ones; returns the relative error of the heads' outputs."""
     gram, head_dim, groups = statistics.value, heads.head_dim, heads.groups

@@ -26,7 +26,8 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
     for block, own in enumerate(sizes):
         reduced = {kind: size for kind, size in own.items() if size < dense[block, kind]}
         if reduced.keys() - {"mlp"}:
-            entries += _attention_entries(anatomy, block, reduced)
+            for which in range(anatomy.attention_count(block)):
+                entries += _attention_entries(anatomy, block, which, reduced)
         experts = anatomy.experts(block) if "mlp" in reduced else None
         if experts is not None:
             spec = {"width": reduced["mlp"]}
@@ -48,15 +49,18 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
     return entries
 
 
-def _attention_entries(anatomy: ModelAnatomy, block: int, reduced: dict[Kind, int]) -> list[dict[str, Any]]:
-    heads = Heads.of_block(anatomy, block)
+def _attention_entries(
+    anatomy: ModelAnatomy, block: int, which: int, reduced: dict[Kind, int]
+) -> list[dict[str, Any]]:
+    heads = Heads.of_block(anatomy, block, which)
     value_dim = reduced.get("value_output", heads.head_dim)
     spec = {
         "query_key_dim": reduced.get("query_key", heads.head_dim),
         "value_dim": value_dim,
         "output_bias": heads.folds_value_bias(value_dim < heads.head_dim),
     }
-    entries = [{"path": anatomy.attention_path(block), "type": DecomposedAttention.layout_type, "spec": spec}]
+    path = anatomy.attention_path(block, which=which)
+    entries = [{"path": path, "type": DecomposedAttention.layout_type, "spec": spec}]
     if anatomy.attention.output_outside and value_dim < heads.head_dim:
         shape = {
             "in_features": heads.num_heads * value_dim,
@@ -71,11 +75,12 @@ def _attention_entries(anatomy: ModelAnatomy, block: int, reduced: dict[Kind, in
 
 def attention_extras(anatomy: ModelAnatomy, kinds: list[Kind]) -> int:
     """The most bytes that decomposed attention has beside its matrices: indices of pairs, norms a head, biases."""
-    if not set(kinds) - {"mlp"} or anatomy.record.attention is None:
+    if not set(kinds) - {"mlp"}:
         return 0
     total = 0
-    for block in range(len(anatomy)):
-        heads = Heads.of_block(anatomy, block)
+    places = ((block, which) for block in range(len(anatomy)) for which in range(anatomy.attention_count(block)))
+    for block, which in places:
+        heads = Heads.of_block(anatomy, block, which)
         output: Any = heads.projections["output"]
         width, key_size = output.weight.element_size(), heads.num_key_value_heads * heads.head_dim
         total += key_size // 2 * INDEX_BYTES + len(dense_rows(output)) * width

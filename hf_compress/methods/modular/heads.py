@@ -54,11 +54,11 @@ class Heads:
         return cls(record, projections, head_dim, heads, key_heads)
 
     @classmethod
-    def of_block(cls, anatomy: ModelAnatomy, block: int) -> Heads:
+    def of_block(cls, anatomy: ModelAnatomy, block: int, which: int = 0) -> Heads:
+        """Of one of a block's attentions, see `ModelAnatomy.attention_path`."""
         get = anatomy.model.get_submodule
-        return cls.of(
-            get(anatomy.attention_path(block)), anatomy.attention, get(anatomy.attention_path(block, "output"))
-        )
+        module, output = (get(anatomy.attention_path(block, role, which)) for role in (None, "output"))
+        return cls.of(module, anatomy.attention, output)
 
     @property
     def groups(self) -> int:

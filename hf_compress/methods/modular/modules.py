@@ -149,9 +149,12 @@ class DecomposedAttention(nn.Module):
         hidden_states: Float[Tensor, "batch tokens hidden"],
         attention_mask: Any = None,  # of the back end's kind: a tensor, or the BlockMask of flex_attention
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        key_value_states: Float[Tensor, "batch context hidden"] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         record = self.record
+        if key_value_states is not None:
+            return self._attend_elsewhere(hidden_states, key_value_states, attention_mask, **kwargs)
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, self.num_key_value_heads)
         if record.fused is None:
@@ -181,13 +184,45 @@ class DecomposedAttention(nn.Module):
             # A decoder with cross attention has two.
             key, value = getattr(cache, "self_attention_cache", cache).update(key, value, self.layer_idx)
         mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        mixed = mixed.reshape(batch, tokens, self.num_heads * self.value_dim)
-        if record.output_outside:
-            return mixed, weights
-        output = getattr(self, record.output)(mixed)
+        return self._projected(mixed.flatten(start_dim=2)), weights
+
+    def _projected(self, mixed: Float[Tensor, "batch tokens inner"]) -> Float[Tensor, "batch tokens outer"]:
+        if self.record.output_outside:
+            return mixed
+        output: Tensor = getattr(self, self.record.output)(mixed)
         if self.output_dropout:
             output = nn.functional.dropout(output, self.output_dropout, self.training)
-        return output, weights
+        return output
+
+    def _attend_elsewhere(
+        self,
+        hidden_states: Float[Tensor, "batch tokens hidden"],
+        key_value_states: Float[Tensor, "batch context hidden"],
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A decoder's attention to the encoder's output, whose keys and values are the same for every new token."""
+        record = self.record
+        query = getattr(self, record.query)(hidden_states)
+        query = query.unflatten(-1, (self.num_heads, self.query_key_dim)).transpose(1, 2)
+        if record.query_prescaled:
+            query = query * self.scaling
+        caches = kwargs.pop(record.cache, None)
+        cache = getattr(caches, "cross_attention_cache", caches)
+        known = getattr(caches, "is_updated", {})
+        if cache is not None and known.get(self.layer_idx):
+            layer = cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            heads = (*key_value_states.shape[:2], self.num_key_value_heads)
+            key, value = (getattr(self, getattr(record, role))(key_value_states) for role in ("key", "value"))
+            key = key.reshape(*heads, self.query_key_dim).transpose(1, 2)
+            value = value.reshape(*heads, self.value_dim).transpose(1, 2)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                known[self.layer_idx] = True
+        mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self._projected(mixed.flatten(start_dim=2)), weights
 
     def _rotation(self, table: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens heads 1 half"]:
         """The columns of a cosine or sine table for the kept pairs; both halves of the table are equal."""

@@ -107,17 +107,17 @@ def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
         if experts is not None:
             return [experts.path]
         return list(anatomy.mlp_paths(block).values())
-    if anatomy.record.attention is None:
-        return []
     roles = ("query", "key") if kind == "query_key" else ("value", "output")
-    return list(dict.fromkeys(anatomy.attention_path(block, role) for role in roles))
+    attentions = range(anatomy.attention_count(block))
+    return list(dict.fromkeys(anatomy.attention_path(block, role, which) for which in attentions for role in roles))
 
 
 def _weights_of_kind(anatomy: ModelAnatomy, block: int, kind: Kind, paths: list[str]) -> int:
     """Weights of a block's matrices of a kind; of a fused one, the part that is of it."""
     if kind == "mlp":
         return sum(weight_count(anatomy.model.get_submodule(path)) for path in paths)
-    return Heads.of_block(anatomy, block).weight_count(kind)
+    attentions = range(anatomy.attention_count(block))
+    return sum(Heads.of_block(anatomy, block, which).weight_count(kind) for which in attentions)
 
 
 def _module(

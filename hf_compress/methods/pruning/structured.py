@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -152,7 +152,7 @@ def removable_groups(anatomy: ModelAnatomy, parts: Sequence[Part]) -> Structure:
     wanted = {part.path for part in parts}
     groups = []
     for block in range(len(anatomy)):
-        for group in (_attention(anatomy, block), _mlp(anatomy, block)):
+        for group in (*_attentions(anatomy, block), _mlp(anatomy, block)):
             if group is not None and wanted.issuperset(group.paths):
                 groups.append(group)
     if not groups:
@@ -172,12 +172,18 @@ def _by_kind(anatomy: ModelAnatomy, block: int, kind: str) -> list[str]:
     return [path for path, own in anatomy.named_matrices(block) if own == kind]
 
 
-def _attention(anatomy: ModelAnatomy, block: int) -> Group | None:
+def _attentions(anatomy: ModelAnatomy, block: int) -> Iterator[Group | None]:
+    """Of a block whose attention its record does not describe, one from its matrices."""
+    for which in range(max(anatomy.attention_count(block), 1)):
+        yield _attention(anatomy, block, which)
+
+
+def _attention(anatomy: ModelAnatomy, block: int, which: int) -> Group | None:
     if anatomy.record.attention is not None:
         if anatomy.attention.fixed_heads or anatomy.attention.fused:
             return None
-        paths = [anatomy.attention_path(block, role) for role in ("query", "key", "value", "output")]
-        holder = anatomy.model.get_submodule(anatomy.attention_path(block))
+        paths = [anatomy.attention_path(block, role, which) for role in ("query", "key", "value", "output")]
+        holder = anatomy.model.get_submodule(anatomy.attention_path(block, which=which))
     else:
         paths = [*_by_kind(anatomy, block, "query_key"), *_by_kind(anatomy, block, "value_output")]
         if len(paths) != 4 or anatomy.record.fixed_heads:
