@@ -253,12 +253,14 @@ register_anatomy(
     Anatomy(model_types=("stablelm",), attention=AttentionAnatomy(left_if=("qk_layernorm",), fixed_heads=True))
 )
 
+register_anatomy(Anatomy(model_types=("olmo",), attention=AttentionAnatomy(left_if=("config.clip_qkv",))))
+
 # Decoders whose rotary embedding turns pairs of neighbours, or whose norms span all heads.
 _QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj")
 _VALUE_OUTPUT = ("self_attn.v_proj", "self_attn.o_proj")
 _NORMED = MlpAnatomy(feeds_residual=False, output_normed=True)
 for _types, _mlp, _fixed in (
-    (("helium", "olmo"), MlpAnatomy(), False),
+    (("helium",), MlpAnatomy(), False),
     (("cohere",), MlpAnatomy(), True),
     (("exaone4",), _NORMED, False),
     (("olmo2", "olmo3"), _NORMED, True),
