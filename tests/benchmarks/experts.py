@@ -30,6 +30,7 @@ SHAPES = {
     "vocab_size": 32000,
 }
 
+METHODS = ("modular", "codebook", "codebook, feedback", "codebook, no data")
 RUN = r"""
 import json, re, sys, threading, time
 import torch, hf_compress
@@ -41,6 +42,7 @@ config = {
     "modular": lambda: ModularDecompositionConfig(reduction=0.25, kinds=["mlp"],
         allocation="uniform", calibration=data),
     "codebook": lambda: CodebookConfig(bits=int(bits), calibration=data),
+    "codebook, feedback": lambda: CodebookConfig(bits=int(bits), learning="feedback", calibration=data),
     "codebook, no data": lambda: CodebookConfig(bits=int(bits), learning="none"),
 }[method]()
 highest = [0]
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="scratch: about 2.5 GB for two blocks")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--experts", type=int, default=SHAPES["num_experts"])
-    parser.add_argument("--method", nargs="+", default=["modular", "codebook", "codebook, no data"])
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--bits", type=int, default=3)
     arguments = parser.parse_args()
