@@ -109,19 +109,24 @@ def _attribute_faults(record: AttentionAnatomy, module: nn.Module, where: str) -
         if field == "head_dim" and (not isinstance(value, int) or value < 1):
             yield f"`head_dim` is {name!r}, expected a size of 1 or more there, and {where} has {value!r:.80}"
         if name is not None and field in ("query_norm", "key_norm") and is_dense_class(value):
-            yield from _norm_faults(field, name, value, int(_find(module, record.head_dim)[1]), where)
+            width: int | None = int(_find(module, record.head_dim)[1])
+            if record.norms_span_heads:
+                projected = dense_sizes(_find(module, getattr(record, field.removesuffix("_norm")))[1])
+                width = None if projected is None else projected[1]
+            if width is not None:
+                yield from _norm_faults(field, name, value, width, where)
     if not hasattr(module, "config"):
         yield f"attention needs the model's `config` to choose its implementation, which {where} does not have"
 
 
-def _norm_faults(field: str, name: str, norm: Any, head_dim: int, where: str) -> Iterator[str]:
+def _norm_faults(field: str, name: str, norm: Any, width: int, where: str) -> Iterator[str]:
     weight = getattr(norm, "weight", None)
     size = getattr(weight, "numel", lambda: None)()
-    if size != head_dim or not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
+    if size != width or not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
         found = f"{type(norm).__name__}" + ("" if size is None else f" over {size}")
         yield (
-            f"`{field}` is {name!r}, expected an RMS norm over the {head_dim} dimensions of a head, found {found} in "
-            f"{where}"
+            f"`{field}` is {name!r}, expected an RMS norm over the {width} dimensions of a head, or of "
+            f"all with `norms_span_heads`, found {found} in {where}"
         )
 
 

@@ -255,15 +255,20 @@ register_anatomy(
 
 register_anatomy(Anatomy(model_types=("olmo",), attention=AttentionAnatomy(left_if=("config.clip_qkv",))))
 
-# Decoders whose rotary embedding turns pairs of neighbours, or whose norms span all heads.
+_NORMED = MlpAnatomy(feeds_residual=False, output_normed=True)
+_SPANNING = AttentionAnatomy(query_norm="q_norm", key_norm="k_norm", norms_span_heads=True, fixed_heads=True)
+register_anatomy(Anatomy(model_types=("olmo2",), attention=_SPANNING, mlp=_NORMED))
+register_anatomy(
+    Anatomy(model_types=("olmo3",), attention=replace(_SPANNING, sliding_window="sliding_window"), mlp=_NORMED)
+)
+
+# Decoders whose rotary embedding turns pairs of neighbours, or is left out of some layers.
 _QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj")
 _VALUE_OUTPUT = ("self_attn.v_proj", "self_attn.o_proj")
-_NORMED = MlpAnatomy(feeds_residual=False, output_normed=True)
 for _types, _mlp, _fixed in (
     (("helium",), MlpAnatomy(), False),
     (("cohere",), MlpAnatomy(), True),
     (("exaone4",), _NORMED, False),
-    (("olmo2", "olmo3"), _NORMED, True),
     (("glm4",), MlpAnatomy(up="gate_up_proj", gate="gate_up_proj", feeds_residual=False, output_normed=True), False),
 ):
     _register_matrices(

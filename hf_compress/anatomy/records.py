@@ -28,6 +28,7 @@ class AttentionAnatomy:
         rotary: `"half"` when a rotary embedding couples dimensions `i` and `i + head_dim / 2`; `None` without one.
         rotary_flag: attribute that is false on layers that leave the rotary embedding out (SmolLM3).
         query_norm, key_norm: RMS norms over the head dimension between projection and rotary embedding.
+        norms_span_heads: those are over the dimensions of all heads together (OLMo-2).
         norm_offset: the norms multiply by `norm_offset + weight` (Gemma: 1).
         scaling: attribute that holds the softmax scale.
         query_prescaled: the dense class multiplies the query by the scale and passes 1 to the attention (OPT).
@@ -55,6 +56,7 @@ class AttentionAnatomy:
     rotary_flag: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    norms_span_heads: bool = False
     norm_offset: float = 0.0
     scaling: str = "scaling"
     query_prescaled: bool = False
@@ -282,8 +284,9 @@ def _attention_fault(record: AttentionAnatomy) -> str | None:
         return "`cross_path` is that of an attention with three projections of its own and without a rotary embedding"
     if record.rotary is None and record.rotary_flag is not None:
         return f"`rotary_flag` is {record.rotary_flag!r} without `rotary`"
-    if record.norm_offset and record.query_norm is None and record.key_norm is None:
-        return f"`norm_offset` is {record.norm_offset} without `query_norm` or `key_norm`"
+    if record.query_norm is None and record.key_norm is None and (record.norm_offset or record.norms_span_heads):
+        field = "norms_span_heads" if record.norms_span_heads else "norm_offset"
+        return f"`{field}` is {getattr(record, field)} without `query_norm` or `key_norm`"
     return None
 
 

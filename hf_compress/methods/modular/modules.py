@@ -142,6 +142,8 @@ class DecomposedAttention(nn.Module):
             raise ValueError(f"`query_key_dim` must be even under a rotary embedding, got {query_key_dim}")
         if family.attention.rotary is not None and query_key_dim < head_dim and turned_share(dense.config) < 1:
             raise ValueError("`query_key_dim` must be that of the dense head where a part of it is rotary")
+        if family.attention.norms_span_heads and query_key_dim < head_dim:
+            raise ValueError("`query_key_dim` must be that of the dense head where a norm is over all heads")
         return cls(dense, family.attention, query_key_dim, value_dim, spec["output_bias"])
 
     def forward(
@@ -161,13 +163,13 @@ class DecomposedAttention(nn.Module):
             query, key, value = (getattr(self, getattr(record, role))(hidden_states) for role in INPUTS)
         else:
             query, key, value = getattr(self, record.query)(hidden_states).split([*self._input_sizes().values()], -1)
+        if record.norms_span_heads:
+            query, key = self._normed(query, key)
         query = query.reshape(*heads, self.num_key_value_groups, self.query_key_dim)
         key = key.reshape(*heads, 1, self.query_key_dim)
         value = value.reshape(*heads, self.value_dim)
-        if record.query_norm is not None:
-            query = getattr(self, record.query_norm)(query)
-        if record.key_norm is not None:
-            key = getattr(self, record.key_norm)(key)
+        if not record.norms_span_heads:
+            query, key = self._normed(query, key)
         if record.query_prescaled:
             query = query * self.scaling
         if self.uses_rotary:
@@ -185,6 +187,14 @@ class DecomposedAttention(nn.Module):
             key, value = getattr(cache, "self_attention_cache", cache).update(key, value, self.layer_idx)
         mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self._projected(mixed.flatten(start_dim=2)), weights
+
+    def _normed(self, query: Float[Tensor, "*heads"], key: Float[Tensor, "*others"]) -> tuple[Tensor, Tensor]:
+        names = self.record.query_norm, self.record.key_norm
+        query, key = (
+            states if name is None else getattr(self, name)(states)
+            for name, states in zip(names, (query, key), strict=True)
+        )
+        return query, key
 
     def _projected(self, mixed: Float[Tensor, "batch tokens inner"]) -> Float[Tensor, "batch tokens outer"]:
         if self.record.output_outside:

@@ -158,6 +158,8 @@ def _why_left_alone(anatomy: ModelAnatomy, block: int, kind: Kind) -> str | None
         # It has to go somewhere that has room for it.
         lost = record.output_outside and heads.has_bias("value") and not heads.has_bias("output")
         return "a value bias, and no output bias to add it to" if lost else None
+    if record.norms_span_heads:
+        return "norms over the queries and keys of all heads"
     rotary = record.rotary and (record.rotary_flag is None or read_attribute(module, record.rotary_flag))
     if not rotary:
         return "query/key norms without a rotary embedding" if record.query_norm else None
