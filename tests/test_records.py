@@ -60,7 +60,7 @@ def tiny(model_type: str) -> PreTrainedModel:
         (("gpt2", {"output": "c_attn"}), "`output` is 'c_attn', which is also the projection of an input"),
         (("llama", {"fused": "by_head"}), r"needs one projection.*found \('q_proj', 'k_proj', 'v_proj'\)"),
         (("llama", {"value": "k_proj"}), "one projection for all three needs `fused`"),
-        (("llama", {"rotary": "full"}), "`rotary` is 'full', expected 'half' or None"),
+        (("llama", {"rotary": "full"}), "`rotary` is 'full', expected 'half' or 'pairs' or None"),
         (("llama", {"scaling": None}), "`scaling` is None, expected the name of an attribute"),
         (("llama", {"softcap": ""}), "`softcap` is '', expected the name"),
         (("llama", {"left_if": "is_cross"}), "`left_if` is 'is_cross', expected a tuple"),

@@ -1,6 +1,6 @@
 """Model families as data."""
 
-from . import families  # noqa: F401 - registers the records
+from . import decoders, encoders  # noqa: F401 - they register the records
 from .behaviour import check_record
 from .experts import Experts
 from .model import (

@@ -25,7 +25,9 @@ class AttentionAnatomy:
         output_outside: the family projects the heads outside of its attention module; `output` is relative to the
             block.
         head_dim: attribute that holds the size of a head.
-        rotary: `"half"` when a rotary embedding couples dimensions `i` and `i + head_dim / 2`; `None` without one.
+        rotary: `"half"` when a rotary embedding couples dimensions `i` and `i + head_dim / 2`, `"pairs"` when it
+            couples `2 i` and `2 i + 1`; `None` without one.
+        rotary_table: the model's tables of cosines and sines have every column twice, in two halves or side by side.
         rotary_flag: attribute that is false on layers that leave the rotary embedding out (SmolLM3).
         query_norm, key_norm: RMS norms over the head dimension between projection and rotary embedding.
         norms_span_heads: those are over the dimensions of all heads together (OLMo-2).
@@ -52,7 +54,8 @@ class AttentionAnatomy:
     fused: Literal["side_by_side", "by_head"] | None = None
     output_outside: bool = False
     head_dim: str = "head_dim"
-    rotary: Literal["half"] | None = "half"
+    rotary: Literal["half", "pairs"] | None = "half"
+    rotary_table: Literal["half", "pairs"] = "half"
     rotary_flag: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
@@ -246,7 +249,12 @@ def _unnamed(part: AttentionAnatomy | MlpAnatomy, needed: tuple[str, ...], optio
 
 def _attention_fault(record: AttentionAnatomy) -> str | None:
     """What contradicts itself in a record of an attention, or `None`."""
-    for field, allowed in (("fused", ("side_by_side", "by_head", None)), ("rotary", ("half", None))):
+    choices = {
+        "fused": ("side_by_side", "by_head", None),
+        "rotary": ("half", "pairs", None),
+        "rotary_table": ("half", "pairs"),
+    }
+    for field, allowed in choices.items():
         value = getattr(record, field)
         if value not in allowed:
             return f"`{field}` is {value!r}, expected {' or '.join(map(repr, allowed))}"
@@ -282,6 +290,8 @@ def _attention_fault(record: AttentionAnatomy) -> str | None:
         return "`output_dropout` is that of an output projection in the attention module, and `output_outside` is true"
     if record.cross_path is not None and (record.rotary or record.fused or record.output_outside):
         return "`cross_path` is that of an attention with three projections of its own and without a rotary embedding"
+    if record.rotary == "pairs" and (record.fused or record.query_norm or record.key_norm):
+        return "`rotary` is 'pairs', which is not known beside `fused`, `query_norm` or `key_norm`"
     if record.rotary is None and record.rotary_flag is not None:
         return f"`rotary_flag` is {record.rotary_flag!r} without `rotary`"
     if record.query_norm is None and record.key_norm is None and (record.norm_offset or record.norms_span_heads):

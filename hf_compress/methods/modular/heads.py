@@ -26,6 +26,7 @@ class Heads:
         projections: the module of every role; a fused one under three of them.
         head_dim: the size of a head.
         num_heads, num_key_value_heads: how many there are.
+        turned: dimensions of a head that a rotary embedding turns.
     """
 
     record: AttentionAnatomy
@@ -33,6 +34,7 @@ class Heads:
     head_dim: int
     num_heads: int
     num_key_value_heads: int
+    turned: int = 0
 
     @classmethod
     def of(cls, module: nn.Module, record: AttentionAnatomy, output: nn.Module | None = None) -> Heads:
@@ -51,7 +53,9 @@ class Heads:
         else:
             heads = dense_rows(projections["output"]).shape[1] // head_dim
             key_heads = (rows // head_dim - heads) // 2
-        return cls(record, projections, head_dim, heads, key_heads)
+        config = getattr(module, "config", None)
+        turned = int(head_dim * turned_share(config)) if record.rotary else 0
+        return cls(record, projections, head_dim, heads, key_heads, turned)
 
     @classmethod
     def of_block(cls, anatomy: ModelAnatomy, block: int, which: int = 0) -> Heads:
@@ -74,8 +78,16 @@ class Heads:
         return self.num_heads if role in ("query", "output") else self.num_key_value_heads
 
     def rows(self, role: Role) -> Int64[Tensor, " rows"] | None:
-        """Which outputs of the fused projection are a role's; `None` for a projection of its own."""
-        if self.record.fused is None or role == "output":
+        """Which outputs of a projection are a role's, those that turn together in two halves; `None` for all of them
+        as they are."""
+        if role == "output":
+            return None
+        if self.record.rotary == "pairs" and role != "value":
+            order = torch.arange(self.head_dim)
+            order[: self.turned] = order[: self.turned].view(-1, 2).T.flatten()
+            heads = self.head_dim * torch.arange(self.count(role))
+            return (heads[:, None] + order).flatten()
+        if self.record.fused is None:
             return None
         sizes = [self.count(part) * self.head_dim for part in INPUTS]
         start, place = sum(sizes[: INPUTS.index(role)]), torch.arange(sum(sizes))

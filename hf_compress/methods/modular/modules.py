@@ -235,15 +235,16 @@ class DecomposedAttention(nn.Module):
         return self._projected(mixed.flatten(start_dim=2)), weights
 
     def _rotation(self, table: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens heads 1 half"]:
-        """The columns of a cosine or sine table for the kept pairs; both halves of the table are equal."""
+        """The columns of a cosine or sine table for the kept pairs; the table has each twice."""
+        columns = table[..., ::2] if self.record.rotary_table == "pairs" else table[..., : table.shape[-1] // 2]
         if self.rotary_pairs is None:
-            return table[:, :, None, None, : table.shape[-1] // 2]
+            return columns[:, :, None, None]
         if table.shape[-1] != self.head_dim:
             raise CompressionError(
                 f"the model turns {table.shape[-1]} dimensions of a head, and the layout keeps pairs of "
                 f"{self.head_dim}: the config and the layout belong to different models."
             )
-        columns = table.index_select(-1, self.rotary_pairs.flatten())
+        columns = columns.index_select(-1, self.rotary_pairs.flatten())
         gathered: Tensor = columns.unflatten(-1, self.rotary_pairs.shape)
         return gathered[:, :, :, None, :]
 
