@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.output_capturing import install_output_capuring_hook
+from transformers.utils.output_capturing import OutputRecorder, install_output_capuring_hook
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checked import DEPTH, is_integer, is_nested_deeper, short
@@ -159,12 +159,12 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         model._ddp_params_and_buffers_to_ignore = _constant_buffers(model)
         if not hasattr(model, "compression_report"):
             model.compression_report = report_in(self.quantization_config.provenance)
-        for module in list(model.modules()):
+        for path, module in list(model.named_modules()):
             for name, value in getattr(module, "model_flags", {}).items():
                 setattr(model, name, value)
             for name, function in getattr(module, "model_methods", {}).items():
                 setattr(model, name, MethodType(function, model))
-            _record_outputs(model, module, getattr(module, "recorded_outputs", ()))
+            _record_outputs(model, path, module, getattr(module, "recorded_outputs", ()))
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -232,8 +232,8 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
             restore = getattr(module, "restore_buffers", None)
             if restore is not None:
                 restore(dense)
-            _record_outputs(model, dense, getattr(module, "recorded_outputs", ()))
             model.set_submodule(path, dense.train(module.training))
+            _record_outputs(model, path, dense, getattr(module, "recorded_outputs", ()))
         disconnect(model)
         return model if dtype is None else model.to(dtype)
 
@@ -273,20 +273,31 @@ def _make_inner_layers_plain(model: PreTrainedModel) -> dict[str, nn.Module]:
     return packed
 
 
-def _record_outputs(model: PreTrainedModel, module: nn.Module, outputs: tuple[str, ...]) -> None:
+def _record_outputs(model: PreTrainedModel, path: str, module: nn.Module, outputs: tuple[str, ...]) -> None:
     """Let `output_attentions=True` find a module that has taken the place of another.
 
-    Transformers hooks the modules whose class stands in a table of the model's class, once, when outputs are first
-    asked for. As its own `patch_output_recorders` does, this changes the table for all models of the class; those
-    without modules of ours do not notice.
+    Transformers hooks the modules that stand in a table of the class of the model they are in, by their class and,
+    where a block has several of it, by a part of their path; once, when outputs are first asked for. As its own
+    `patch_output_recorders` does, this changes the table for all models of the class; those without modules of ours do
+    not notice.
     """
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = path.split(".")
+    owners = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    owner = next(part for part in reversed(owners) if isinstance(part, PreTrainedModel))
+    table = owner.can_record_outputs
     for output in outputs:
-        for table in (part.can_record_outputs for part in parts if output in part.can_record_outputs):
-            known = table[output] if isinstance(table[output], list) else [table[output]]
-            if not any(getattr(entry, "target_class", entry) is type(module) for entry in known):
-                table[output] = [*known, type(module)]
-        if any(getattr(part, "_output_capturing_hooks_installed", False) for part in parts):
+        known = table.get(output, [])
+        known = known if isinstance(known, list) else [known]
+        fitting = [entry for entry in known if f".{getattr(entry, 'layer_name', None) or path}." in f".{path}."]
+        own = [entry for entry in fitting if getattr(entry, "target_class", entry) is type(module)]
+        if fitting and not own:
+            layer = getattr(fitting[0], "layer_name", None)
+            own = [OutputRecorder(target_class=type(module), index=1, layer_name=layer)]
+            table[output] = [*known, *own]
+        hooked = any(
+            getattr(hook, "__name__", "") == "output_capturing_hook" for hook in module._forward_hooks.values()
+        )
+        if own and not hooked and getattr(owner, "_output_capturing_hooks_installed", False):
             install_output_capuring_hook(module, output, index=1)
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from conftest import interrupt, token_ids
 from families import CONFIGS, DECODERS, MULTIMODAL, STACKS, auto_class, calibration, inputs, make, outputs
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -274,6 +275,91 @@ def test_an_interrupted_run_goes_on_in_the_second_stack(tmp_path: Path, monkeypa
     monkeypatch.setattr(BlockStream, "advance", advance)
     again = hf_compress.compress(make(name), recipe, **options).state_dict()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "dinov3_gated", "albert"])
+def test_portable(name: str, tmp_path: Path) -> None:
+    """A plain model of its class whose config has the new width, of encoder and decoder alike."""
+    recipe = ModularDecompositionConfig(reduction=0.2, portable=True, calibration=calibration(name))
+    model = hf_compress.compress(make(name), recipe)
+    again = reloaded(model, name, tmp_path)
+    assert not hasattr(again, "hf_quantizer")
+    assert same(outputs(again, name), outputs(model, name))
+
+
+def test_attentions_are_told_apart(tmp_path: Path) -> None:
+    recipe = ModularDecompositionConfig(
+        reduction=0.2, kinds=["query_key", "value_output"], allocation="uniform", calibration=calibration("bart")
+    )
+    batch = model_inputs(make("bart"), inputs("bart", 2))
+    model = make("bart")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        dense = model(**batch, output_attentions=True)
+        hf_compress.compress(model, recipe)
+        for found in (model, reloaded(model, "bart", tmp_path)):
+            found.set_attn_implementation("eager")
+            output = found(**batch, output_attentions=True)
+            for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+                assert [a.shape for a in output[name]] == [a.shape for a in dense[name]], name
+        model.dequantize()
+        again = model(**batch, output_attentions=True)
+    assert len(again.cross_attentions) == len(again.decoder_attentions) == 2
+    torch.testing.assert_close(again.cross_attentions, output.cross_attentions)
+
+
+def test_a_decoder_alone_attends_to_itself() -> None:
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS["bart"]())
+    source = hf_compress.CalibrationConfig(token_ids(12, 16) % 90 + 3, num_samples=8, num_held_out=4)
+    hf_compress.compress(model, ModularDecompositionConfig(reduction=0.3, calibration=source))
+    attention = model.model.decoder.layers[0].encoder_attn
+    assert type(attention).__name__ == "BartAttention"
+
+
+def test_one_of_two_attentions_can_be_left_out() -> None:
+    recipe = ModularDecompositionConfig(
+        reduction=0.15,
+        kinds=["query_key", "value_output"],
+        allocation="uniform",
+        modules_to_not_convert=["encoder_attn"],
+        calibration=calibration("bart"),
+    )
+    model = hf_compress.compress(make("bart"), recipe)
+    kinds = [(type(b.self_attn).__name__, type(b.encoder_attn).__name__) for b in model.decoder.layers]
+    assert kinds == [("DecomposedAttention", "BartAttention")] * 2
+    report = model.compression_report
+    assert report.bytes_after == hf_compress.plan(make("bart"), recipe).bytes_on_disk
+    assert any("encoder_attn.q_proj' is in modules_to_not_convert" in line for line in report.left_alone)
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "dinov3_vit", "dinov2_giant"])
+def test_the_temperature_is_chosen(name: str) -> None:
+    source = calibration(name).model_copy(update={"num_samples": 12, "num_held_out": 4})
+    recipe = ModularDecompositionConfig(reduction=0.2, kinds=["mlp"], temperature="auto", calibration=source)
+    notes = hf_compress.compress(make(name), recipe).compression_report.notes
+    assert notes["temperature"] in [float(trial) for trial in notes["temperature_trials"]]
+
+
+@pytest.mark.parametrize("order", ["dense", "sequential"])
+def test_position_biases_reach_streamed_blocks(order: Any, tmp_path: Path) -> None:
+    make("t5").save_pretrained(tmp_path / "dense")
+    recipe = ModularDecompositionConfig(
+        reduction=0.2, kinds=["mlp"], allocation="uniform", order=order, calibration=calibration("t5")
+    )
+    hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "small", recipe)
+    whole = hf_compress.compress(make("t5"), recipe)
+    assert same(outputs(auto_class("t5").from_pretrained(tmp_path / "small"), "t5"), outputs(whole, "t5"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float16), ("marian", torch.float32)])
+def test_a_plan_knows_what_is_written_otherwise(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """T5's `wo` in float32, and no tables of positions that are made anew."""
+    make(name).save_pretrained(tmp_path)
+    recipe = CodebookConfig(bits=3, learning="none", rows_per_codebook=8)
+    model = auto_class(name).from_pretrained(tmp_path, dtype=dtype)
+    hf_compress.compress(model, recipe).save_pretrained(tmp_path / "small")
+    written = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert hf_compress.plan(tmp_path, recipe, dtype=dtype).bytes_on_disk == written
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper", "clip"])

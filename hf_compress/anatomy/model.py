@@ -116,11 +116,13 @@ class ModelAnatomy:
         return {} if record is None else {role: self.mlp_path(index, role) for role in record.roles}
 
     def attention_count(self, index: int) -> int:
-        """How many attentions of a block the record describes: none, its own, and in some that to the encoder."""
+        """How many attentions of a block the record describes: none, its own, and in some that to the encoder, which
+        never runs in a decoder by itself."""
         record = self.record.attention
         if record is None:
             return 0
-        return 1 + (record.cross_path is not None and _has_module(self.block(index), record.cross_path))
+        crosses = record.cross_path is not None and len(self.stacks) > 1
+        return 1 + (crosses and _has_module(self.block(index), str(record.cross_path)))
 
     def attention_path(self, index: int, role: str | None = None, which: int = 0) -> str:
         """Path of an attention module, or of its projection with `role` "query", "key", "value" or "output"; the

@@ -152,7 +152,8 @@ class Anatomy:
         fixed_heads: of attention that is described by `kinds`, as in `AttentionAnatomy`.
         repeated: the model runs every block several times in turn (ALBERT).
         more_outputs: how many outputs a block has after the hidden states.
-        hands_on: the model passes those to the next block (T5: position biases of self and cross attention).
+        hands_on: the first block works those out, and the model passes them to the next ones (T5: position biases of
+            self and cross attention).
 
     A record without attention, MLP and kinds describes blocks whose matrices are all of kind "other".
     """

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -98,10 +98,18 @@ class BlockStream:
         anatomy: where the blocks are.
         batches: keyword arguments of the model's forward, one dictionary a batch.
         folder: where hidden states are kept; `None` for memory.
+        resident: the context in which a block is in memory; by default all are.
     """
 
-    def __init__(self, anatomy: ModelAnatomy, batches: list[Batch], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        anatomy: ModelAnatomy,
+        batches: list[Batch],
+        folder: Path | None = None,
+        resident: Callable[[int], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.anatomy = anatomy
+        self._resident = resident or (lambda _: nullcontext())
         self.batches = [complete(anatomy.model, batch) for batch in batches]
         self.hidden = Activations(folder)
         # Of the stack that the stream is in: what its blocks are called with, by the batch.
@@ -124,6 +132,7 @@ class BlockStream:
         calls: list[list[Call]] = [[] for _ in blocks]
         ran: list[int] = []
         entry: list[Tensor] = []
+        handed: list[Any] = []
 
         def entrance(index: int, *args: Any, **kwargs: Any) -> Any:
             if "hidden_states" in kwargs:
@@ -131,7 +140,6 @@ class BlockStream:
             # A block runs more than once, and a cache would remember the times before.
             kwargs = {name: None if isinstance(value, CACHES) else value for name, value in kwargs.items()}
             hidden, rest = args[0], [None if isinstance(value, CACHES) else value for value in args[1:]]
-            more: tuple[Any, ...] = (None,) * anatomy.record.more_outputs
             if index in stack:
                 if calls[index] and ran[-1] != index:
                     raise UnsupportedModelError(
@@ -142,12 +150,15 @@ class BlockStream:
                 ran.append(index)
                 entry.append(hidden)
                 if anatomy.record.hands_on:
-                    more = forwards[index](hidden, *rest, **kwargs)[1 : len(more) + 1]
+                    if not handed:  # the first block works them out
+                        with self._resident(index):
+                            handed.extend(forwards[index](hidden, *rest, **kwargs)[1:])
+                    return (hidden, *handed[: anatomy.record.more_outputs])
             elif index < stack.start:
                 hidden = next(final for final, own in zip(finals, anatomy.stacks, strict=False) if index in own)
-            return (hidden, *more) if more else hidden
+            return self.as_output(hidden)
 
-        model = _body(anatomy.model)
+        model = body(anatomy.model)
         inputs = model_inputs(model, self.batches[batch])
         with torch.no_grad(), replaced_forward(blocks, entrance):
             try:
@@ -242,6 +253,11 @@ class BlockStream:
         """What the blocks of every stack up to the present one have made of a batch."""
         return [own[batch] for own in (*self._finals, self.hidden)]
 
+    def as_output(self, hidden: Tensor) -> Any:
+        """Hidden states in place of what a block puts out, without what it has beside them."""
+        count = self.anatomy.record.more_outputs
+        return (hidden, *(None,) * count) if count else hidden
+
     def final_loss(self) -> float:
         """What the model makes of the hidden states after the last block: mean negative log-likelihood a token.
 
@@ -254,7 +270,7 @@ class BlockStream:
             for row in range(len(hidden)):
                 final = hidden[row : row + 1]
                 single = _rows(batch, slice(row, row + 1))
-                with torch.no_grad(), replaced_forward(blocks, lambda *_, _final=final, **__: _final):
+                with torch.no_grad(), replaced_forward(blocks, lambda *_, _final=final, **__: self.as_output(_final)):
                     logits = model(**model_inputs(model, single)).logits[0, :-1]
                 targets = single["input_ids"][0, 1:].to(logits.device)
                 mask = single.get("attention_mask")
@@ -272,7 +288,7 @@ class BlockStream:
         return total / count
 
 
-def _body(model: Any) -> nn.Module:
+def body(model: Any) -> nn.Module:
     """The model without its head, if that is a part which takes the model's inputs."""
     base: nn.Module = model.base_model
     return base if model.main_input_name in inspect.signature(base.forward).parameters else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,6 +315,11 @@ def _of_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         except ValueError as error:
             reason = reason or str(error)
             continue
+        # What Transformers keeps in another dtype when it loads the model in this one.
+        for pattern, kept in skeleton._get_dtype_plan(dtype).items():
+            for name, parameter in skeleton.named_parameters():
+                if re.search(pattern.replace("*", ".*"), name):
+                    parameter.data = parameter.data.to(kept)
         skeleton.tie_weights()
         return skeleton.eval()
     raise UnsupportedModelError(

@@ -44,6 +44,8 @@ class Residency:
         self._options: dict[int, dict[str, Any]] = {}
         # Blocks whose weights were found to be finite: every pass fetches them anew.
         self._seen: set[int] = set()
+        # Those that are in memory now.
+        self._inside: set[int] = set()
         for block, path in enumerate(self.paths):
             kept = dict(_kept_tensors(self.model, path))
             away = [name for name, tensor in kept.items() if tensor.is_meta]
@@ -83,19 +85,21 @@ class Residency:
 
     @contextmanager
     def resident(self, block: int) -> Iterator[None]:
-        """Within the context a block is in memory, on the device that it runs on.
+        """Within the context, and all contexts within it, a block is in memory, on the device that it runs on.
 
         Raises:
             CheckpointError: a file that is gone or damaged.
             NumericalError: a weight that is not finite.
         """
-        if block not in self._devices:
+        if block not in self._devices or block in self._inside:
             yield
             return
         self._fetch(block)
+        self._inside.add(block)
         try:
             yield
         finally:
+            self._inside.discard(block)
             _put_away(self.model, self.paths[block])
             return_freed_memory()
 

@@ -77,7 +77,7 @@ class Session:
         return nullcontext() if self.residency is None else self.residency.reachable()
 
     def stream(self, batches: list[Batch]) -> BlockStream:
-        return BlockStream(self.anatomy, batches, self.activations)
+        return BlockStream(self.anatomy, batches, self.activations, self.resident)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ def stored_bytes(module: nn.Module) -> int:
     # What is written may be a cast copy; which tensors are one shows on the tensors themselves. On the meta device
     # there is no memory to compare, and tied tensors are one object.
     kept: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    # Tables that Transformers makes anew when it loads the model.
+    for name in getattr(module, "_keys_to_ignore_on_save", None) or ():
+        kept.pop(name, None)
     written: dict[str, Tensor] = module.state_dict()
     different = {id(t) if t.is_meta else (t.data_ptr(), t.shape): written[name] for name, t in kept.items()}
     return sum(tensor.numel() * tensor.element_size() for tensor in different.values())

@@ -19,6 +19,7 @@ from . import mathematics
 from .configuration import Kind, ModularDecompositionConfig
 from .heads import INPUTS, Heads, Role
 from .modules import DecomposedAttention
+from .sizes import attentions_giving
 from .statistics import AttentionStatistics, BlockStatistics
 
 # Weight and bias of every role.
@@ -54,10 +55,12 @@ def compress_block(
         path = anatomy.mlp_path(block, "down")
         with naming(path):
             _compress_mlp(anatomy, config, block, sizes["mlp"], statistics, result)
-    if "query_key" in sizes or "value_output" in sizes:
-        for which in range(anatomy.attention_count(block)):
+    giving = {kind: attentions_giving(anatomy, config, block, kind) for kind in sizes}
+    for which in range(anatomy.attention_count(block)):
+        own = {kind: size for kind, size in sizes.items() if which in giving[kind]}
+        if own:
             with naming(anatomy.attention_path(block, which=which)):
-                _compress_attention(anatomy, config, block, which, sizes, statistics, result)
+                _compress_attention(anatomy, config, block, which, own, statistics, result)
     return result
 
 

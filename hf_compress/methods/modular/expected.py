@@ -22,12 +22,12 @@ def layout_for_sizes(anatomy: ModelAnatomy, geometry: Geometry, sizes: Sizes) ->
     """Layout entries of the modules that these sizes make smaller."""
     get = anatomy.model.get_submodule
     entries: list[dict[str, Any]] = []
-    dense = {(m.block, m.kind): m.size for m in geometry.modules}
+    modules = {(m.block, m.kind): m for m in geometry.modules}
     for block, own in enumerate(sizes):
-        reduced = {kind: size for kind, size in own.items() if size < dense[block, kind]}
-        if reduced.keys() - {"mlp"}:
-            for which in range(anatomy.attention_count(block)):
-                entries += _attention_entries(anatomy, block, which, reduced)
+        reduced = {kind: size for kind, size in own.items() if size < modules[block, kind].size}
+        for which in range(anatomy.attention_count(block)):
+            given = {kind: size for kind, size in reduced.items() if which in modules[block, kind].attentions}
+            entries += _attention_entries(anatomy, block, which, given) if given else []
         experts = anatomy.experts(block) if "mlp" in reduced else None
         if experts is not None:
             spec = {"width": reduced["mlp"]}

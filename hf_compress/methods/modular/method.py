@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import ModelAnatomy, require_parts, text_config
@@ -86,8 +87,8 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         config = text_config(self.anatomy.model)
         if field is None or not hasattr(config, field):
             raise ConfigurationError(
-                f"portable=True needs a field for the MLP width in the model's config, which {type(config).__name__} "
-                "does not have. Leave `portable` out."
+                f"portable=True needs one field for the width of all MLPs in the model's config, which "
+                f"{type(config).__name__} does not have. Leave `portable` out."
             )
         outside = self._other_users_of(field, 2 * max(widths))
         if outside:
@@ -107,7 +108,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
         """Parameters outside the blocks whose shapes change with the field of the config."""
         model: Any = self.anatomy.model
         config = copy.deepcopy(model.config)
-        setattr(config.get_text_config(decoder=True), field, width)
+        setattr(_holder(config), field, width)
         with torch.device("meta"):
             wider = type(model)(config).state_dict()
         lists = tuple(f"{path}." for path in self.anatomy.block_paths)
@@ -304,7 +305,27 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             owner = model.get_submodule(path.rpartition(".")[0])
             if hasattr(owner, field):
                 setattr(owner, field, inputs)
-        setattr(text_config(model), field, inputs)
+        # An encoder and a decoder have copies of the config.
+        parents = {path[: path.rindex(".")] for path in self.anatomy.block_paths}
+        parts = [part for path in parents for part in _ancestors(model, path) if isinstance(part, PreTrainedModel)]
+        for config in [_holder(model.config), *(_holder(part.config) for part in parts)]:
+            if hasattr(config, field):
+                setattr(config, field, inputs)
+
+
+def _holder(config: Any) -> Any:
+    """The config of the language part where it is one of its own; Transformers hands out a copy of the whole for an
+    encoder-decoder."""
+    found = config.get_text_config(decoder=True)
+    return found if any(value is found for value in vars(config).values()) else config
+
+
+def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The model and the modules on the way to a path."""
+    yield model
+    for name in path.split("."):
+        model = model.get_submodule(name)
+        yield model
 
 
 def block_influence(session: Session) -> torch.Tensor:

@@ -53,7 +53,7 @@ class DecomposedAttention(nn.Module):
     """
 
     layout_type: ClassVar[str] = "attention"
-    recorded_outputs: ClassVar[tuple[str, ...]] = ("attentions",)
+    recorded_outputs: ClassVar[tuple[str, ...]] = ("attentions", "cross_attentions")
     rotary_pairs: Tensor | None
 
     def __init__(

@@ -21,19 +21,22 @@ HEAD_MULTIPLE = 8
 # Torch multiplies with all experts at once, and wants rows of whole 16 bytes: 8 numbers in half precision.
 EXPERT_MULTIPLE = 8
 
+_ROLES = {"query_key": ("query", "key"), "value_output": ("value", "output")}
 # Sizes of all blocks: for each block, the size of each kind that it has.
 Sizes = list[dict[Kind, int]]
 
 
 @dataclass(frozen=True)
 class ModuleGeometry:
-    """One module that can give: its dense size, the weights that one unit of size costs, the step of its sizes."""
+    """One module that can give: its dense size, the weights that one unit of size costs, the step of its sizes, and
+    which of the block's attentions it is, all of one size."""
 
     block: int
     kind: Kind
     size: int
     cost: int
     multiple: int
+    attentions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class Geometry:
                 part = _module(anatomy, config, block, kind, paths)
                 if isinstance(part, str):
                     left_alone.append(part)
-                else:
-                    modules.append(part)
+                    continue
+                modules.append(part)
+                if len(part.attentions) < anatomy.attention_count(block) and kind != "mlp":
+                    left_alone.append(_excluded(config, block, kind, paths))
         return cls(tuple(modules), sum(of_kind.values()), of_kind, tuple(left_alone))
 
     def weights(self, kind: Kind | None = None) -> int:
@@ -107,9 +112,9 @@ def _matrix_paths(anatomy: ModelAnatomy, block: int, kind: Kind) -> list[str]:
         if experts is not None:
             return [experts.path]
         return list(anatomy.mlp_paths(block).values())
-    roles = ("query", "key") if kind == "query_key" else ("value", "output")
     attentions = range(anatomy.attention_count(block))
-    return list(dict.fromkeys(anatomy.attention_path(block, role, which) for which in attentions for role in roles))
+    paths = (anatomy.attention_path(block, role, which) for which in attentions for role in _ROLES[kind])
+    return list(dict.fromkeys(paths))
 
 
 def _weights_of_kind(anatomy: ModelAnatomy, block: int, kind: Kind, paths: list[str]) -> int:
@@ -125,18 +130,20 @@ def _module(
 ) -> ModuleGeometry | str:
     """A block's module of a kind, or the reason why it cannot give."""
     get = anatomy.model.get_submodule
-    excluded = next((path for path in paths if is_excluded(path, config.modules_to_not_convert)), None)
-    if excluded is not None:
-        return f"{kind} of block {block}: {excluded!r} is in modules_to_not_convert"
-    weights = _weights_of_kind(anatomy, block, kind, paths)
-    experts = anatomy.experts(block)
+    experts, giving = anatomy.experts(block), attentions_giving(anatomy, config, block, kind)
     if kind == "mlp":
+        if any(is_excluded(path, config.modules_to_not_convert) for path in paths):
+            return _excluded(config, block, kind, paths)
+        weights = _weights_of_kind(anatomy, block, kind, paths)
         size = dense_rows(get(paths[-1])).shape[1] if experts is None else experts.width
         multiple = default_multiple(size, WIDTH_MULTIPLE, steps=16)
     else:
+        if not giving:
+            return _excluded(config, block, kind, paths)
         reason = _why_left_alone(anatomy, block, kind)
         if reason is not None:
             return f"{kind} of block {block}: {reason}"
+        weights = sum(Heads.of_block(anatomy, block, which).weight_count(kind) for which in giving)
         size = Heads.of_block(anatomy, block).head_dim
         multiple = default_multiple(size, HEAD_MULTIPLE, steps=4)
     multiple = config.rank_multiple or multiple
@@ -144,7 +151,24 @@ def _module(
         multiple += multiple % 2
     if kind == "mlp" and experts is not None:
         multiple = math.lcm(multiple, EXPERT_MULTIPLE)
-    return ModuleGeometry(block, kind, size, weights // size, min(multiple, size))
+    return ModuleGeometry(block, kind, size, weights // size, min(multiple, size), tuple(giving))
+
+
+def attentions_giving(anatomy: ModelAnatomy, config: ModularDecompositionConfig, block: int, kind: Kind) -> list[int]:
+    """Which of a block's attentions are not excluded from giving dimensions of a kind."""
+    return [
+        which
+        for which in range(anatomy.attention_count(block) if kind != "mlp" else 0)
+        if not any(
+            is_excluded(anatomy.attention_path(block, role, which), config.modules_to_not_convert)
+            for role in _ROLES[kind]
+        )
+    ]
+
+
+def _excluded(config: ModularDecompositionConfig, block: int, kind: Kind, paths: list[str]) -> str:
+    path = next(path for path in paths if is_excluded(path, config.modules_to_not_convert))
+    return f"{kind} of block {block}: {path!r} is in modules_to_not_convert"
 
 
 def _why_left_alone(anatomy: ModelAnatomy, block: int, kind: Kind) -> str | None:

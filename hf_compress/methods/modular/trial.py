@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import ModelAnatomy
-from ...engine.blocks import BlockStream, model_inputs, real_tokens, replaced_forward, take_tokens
+from ...engine.blocks import BlockStream, body, model_inputs, real_tokens, replaced_forward, take_tokens
 from ...engine.session import Session, placed
 from .compress import compress_block
 from .configuration import ModularDecompositionConfig
@@ -83,14 +83,12 @@ def _final_states(stream: BlockStream, batch: int) -> list[Tensor]:
     """What the base model makes of the hidden states of a batch after the last block; of two towers, those of both."""
     blocks = [stream.anatomy.block(index) for index in range(len(stream.anatomy))]
     finals = stream.finals(batch)
-    # Blocks have more than one output where the next one takes them up, and those are of no use here.
-    more = (None,) * stream.anatomy.record.more_outputs
 
     def final(index: int, *_: Any, **__: Any) -> Any:
         states = next(own for own, stack in zip(finals, stream.anatomy.stacks, strict=True) if index in stack)
-        return (states, *more) if more else states
+        return stream.as_output(states)
 
-    model = stream.anatomy.model.base_model
+    model = body(stream.anatomy.model)
     with torch.no_grad(), replaced_forward(blocks, final):
         output: Any = model(**model_inputs(model, stream.batches[batch]))
     states = getattr(output, "last_hidden_state", None)
