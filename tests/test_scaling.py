@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from conftest import ALL_KINDS, calibration, make_model, token_ids
@@ -195,6 +196,13 @@ def test_large_models_from_their_config_alone(name: str, tmp_path: Path) -> None
     # Sums of the largest model, with their factor and inverse, are more than an accelerator of 80 GB holds.
     assert eight.fits == (name != "405B")
     assert plan.on_paper([8], "h200").rows[0].fits
+
+
+@pytest.mark.parametrize("name", ["bart", "clip", "dinov3_vit"])
+def test_encoders_on_paper(name: str) -> None:
+    config = ModularDecompositionConfig(reduction=0.2, calibration=families.calibration(name))
+    one, eight = hf_compress.plan(families.make(name), config, measure_time=False).on_paper((1, 8)).rows
+    assert 0 < eight.seconds < one.seconds and one.traffic == 0 < eight.traffic
 
 
 def test_a_survey_is_the_same_for_any_number() -> None:

@@ -247,7 +247,9 @@ def _survey(method: Method[Any, Any], shapes: list[BlockShape], load: Workload) 
         if config.allocation != "uniform":
             found["passes"] += 1
             found["forward_flops"] += min(INFLUENCE_TOKENS, load.tokens) * forward
-        head = 2 * int(text_config(method.anatomy.model).vocab_size) * shapes[0].hidden
+        # Encoders are judged by their hidden states.
+        vocabulary = int(text_config(method.anatomy.model).vocab_size) if method.anatomy.record.decoder else 0
+        head = 2 * vocabulary * shapes[0].hidden
         for allocations in probes:
             found["passes"] += 1
             found["forward_flops"] += looked * forward + allocations * judged * (forward + head)

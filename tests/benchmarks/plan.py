@@ -16,15 +16,20 @@ import tempfile
 from pathlib import Path
 
 RECIPES = {
+    "modular 15 %": "ModularDecompositionConfig(reduction=0.15)",
     "modular 20 %": "ModularDecompositionConfig(reduction=0.2)",
     "modular, sequential": "ModularDecompositionConfig(reduction=0.2, order='sequential')",
     "codebook 4 bits, k-means": "CodebookConfig(bits=4, learning='none')",
     "codebook 3 bits": "CodebookConfig(bits=3)",
     "codebook, embedding": "CodebookConfig(bits={'mlp': 3, 'query_key': 3, 'value_output': 3, 'embedding': 4})",
+    "codebook 3 bits, feedback": "CodebookConfig(bits=3, learning='feedback')",
     "wanda 50 %": "PruningConfig(sparsity=0.5, criterion='wanda')",
     "magnitude 90 %": "PruningConfig(sparsity=0.9, criterion='magnitude')",
     "sharing 15": "LayerSharingConfig(unique_layers=15, lora_rank=32)",
     "modular 15 %, codebook 3 bits": "[ModularDecompositionConfig(reduction=0.15), CodebookConfig(bits=3)]",
+    "modular 15 %, codebook 3 bits, feedback": (
+        "[ModularDecompositionConfig(reduction=0.15), CodebookConfig(bits=3, learning='feedback')]"
+    ),
 }
 
 RUN = """
