@@ -288,7 +288,8 @@ def _record_outputs(model: PreTrainedModel, path: str, module: nn.Module, output
     for output in outputs:
         known = table.get(output, [])
         known = known if isinstance(known, list) else [known]
-        fitting = [entry for entry in known if f".{getattr(entry, 'layer_name', None) or path}." in f".{path}."]
+        layers = [str(getattr(entry, "layer_name", None) or path).strip(".") for entry in known]
+        fitting = [entry for entry, layer in zip(known, layers, strict=True) if f".{layer}." in f".{path}."]
         own = [entry for entry in fitting if getattr(entry, "target_class", entry) is type(module)]
         if fitting and not own:
             layer = getattr(fitting[0], "layer_name", None)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from conftest import calibration, compressed, interrupt, make_model, recipe, token_ids
 from transformers import (
-    AlbertConfig,
-    AlbertModel,
     AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -19,8 +17,8 @@ from transformers import (
     MptConfig,
     MptForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
 )
 
@@ -122,11 +120,7 @@ def test_no_held_out_sequences() -> None:
     ("build", "message"),
     [
         (
-            lambda: AlbertModel(AlbertConfig(embedding_size=16, hidden_size=32, num_attention_heads=2)),
-            "only single matrices",
-        ),
-        (
-            lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2, vocab_size=96)),
+            lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])),
             "only single matrices",
         ),
         (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=96)), "no anatomy record"),
