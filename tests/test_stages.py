@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import peft
 import pytest
 import torch
 from conftest import ALL_KINDS, IDS, calibration, interrupt, logits, make_model, recipe, token_ids
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_compress
@@ -23,6 +26,7 @@ from hf_compress import (
     ModularDecompositionConfig,
     PruningConfig,
 )
+from hf_compress.engine.freed import return_pages_of_files
 from hf_compress.layout import layout_of
 
 SECOND: dict[str, Callable[[], Any]] = {
@@ -259,3 +263,21 @@ def test_orders_that_do_not_work_are_refused_before_work(stages: list[Any], mess
     with pytest.raises(hf_compress.ConfigurationError, match=message):
         hf_compress.compress(model, CompressionConfig(stages=stages, calibration=calibration()))
     assert layout_of(model) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's own")
+def test_replaced_weights_leave_no_pages_of_their_file(tmp_path: Path) -> None:
+    """And whoever still reads them finds what was there."""
+
+    def mapped() -> int:
+        return int(re.search(r"RssFile:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    weights = torch.arange(2**23, dtype=torch.float32)
+    save_file({"small": torch.ones(3), "weights": weights}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        read = file.get_tensor("weights")
+        assert torch.equal(read, weights)
+        before = mapped()
+        return_pages_of_files([read, torch.ones(2**20)])
+        assert mapped() < before - 2**24
+        assert torch.equal(read, weights)
