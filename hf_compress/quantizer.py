@@ -284,13 +284,14 @@ def _record_outputs(model: PreTrainedModel, path: str, module: nn.Module, output
     names = path.split(".")
     owners = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
     owner = next(part for part in reversed(owners) if isinstance(part, PreTrainedModel))
-    table = owner.can_record_outputs
+    table, dense_class = owner.can_record_outputs, getattr(module, "dense_class", type(module))
     for output in outputs:
         known = table.get(output, [])
         known = known if isinstance(known, list) else [known]
         layers = [str(getattr(entry, "layer_name", None) or path).strip(".") for entry in known]
-        fitting = [entry for entry, layer in zip(known, layers, strict=True) if f".{layer}." in f".{path}."]
-        own = [entry for entry in fitting if getattr(entry, "target_class", entry) is type(module)]
+        here = [entry for entry, layer in zip(known, layers, strict=True) if f".{layer}." in f".{path}."]
+        own = [entry for entry in here if _records(entry, type(module))]
+        fitting = [entry for entry in here if _records(entry, dense_class)]
         if fitting and not own:
             layer = getattr(fitting[0], "layer_name", None)
             own = [OutputRecorder(target_class=type(module), index=1, layer_name=layer)]
@@ -300,6 +301,13 @@ def _record_outputs(model: PreTrainedModel, path: str, module: nn.Module, output
         )
         if own and not hooked and getattr(owner, "_output_capturing_hooks_installed", False):
             install_output_capuring_hook(module, output, index=1)
+
+
+def _records(entry: Any, kind: type[nn.Module]) -> bool:
+    """Whether an entry of a table, a class, its name or more about it, means modules of a class."""
+    name = entry if isinstance(entry, str) else getattr(entry, "class_name", None)
+    target = getattr(entry, "target_class", entry)
+    return (isinstance(target, type) and issubclass(kind, target)) or (name is not None and kind.__name__ in name)
 
 
 def register() -> None:

@@ -340,15 +340,48 @@ def test_the_temperature_is_chosen(name: str) -> None:
     assert notes["temperature"] in [float(trial) for trial in notes["temperature_trials"]]
 
 
-@pytest.mark.parametrize("order", ["dense", "sequential"])
-def test_position_biases_reach_streamed_blocks(order: Any, tmp_path: Path) -> None:
-    make("t5").save_pretrained(tmp_path / "dense")
+@every_family
+def test_half_precision(name: str) -> None:
+    """Some families keep their tables of rotations in float32."""
+    dtype = torch.float32 if name == "gptj" else torch.bfloat16
+    dense = make(name, dtype)
+    model = hf_compress.compress(make(name, dtype), small_recipe(name, "modular"), calibration=calibration(name))
+    wanted = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name, 4).items()}
+    with torch.no_grad():
+        found, before = (each(**model_inputs(each, wanted))[0] for each in (model, dense))
+    assert found.dtype == before.dtype and bool(torch.isfinite(found).all())
+
+
+def test_bert_has_no_cross_attentions() -> None:
+    """Before, after, and of others of its class."""
+    import encoders
+
+    def counts(model: PreTrainedModel) -> list[int]:
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            found = model(**encoders.inputs("bert", 2), output_attentions=True)
+        return [len(found.attentions), len(found.cross_attentions or ())]
+
+    recipe = ModularDecompositionConfig(reduction={"value_output": 0.5}, calibration=encoders.calibration("bert"))
+    model = hf_compress.compress(encoders.make_encoder("bert"), recipe)
+    assert counts(model) == [3, 0]
+    model.dequantize()
+    assert counts(model) == counts(encoders.make_encoder("bert")) == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype"), [("dense", torch.float32), ("sequential", torch.float32), ("dense", torch.float16)]
+)
+def test_position_biases_reach_streamed_blocks(order: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    make("t5", dtype).save_pretrained(tmp_path / "dense")
     recipe = ModularDecompositionConfig(
         reduction=0.2, kinds=["mlp"], allocation="uniform", order=order, calibration=calibration("t5")
     )
     hf_compress.compress_checkpoint(tmp_path / "dense", tmp_path / "small", recipe)
-    whole = hf_compress.compress(make("t5"), recipe)
-    assert same(outputs(auto_class("t5").from_pretrained(tmp_path / "small"), "t5"), outputs(whole, "t5"))
+    whole = hf_compress.compress(auto_class("t5").from_pretrained(tmp_path / "dense"), recipe)
+    again = auto_class("t5").from_pretrained(tmp_path / "small")
+    assert {p.dtype for p in again.parameters()} == {dtype, torch.float32}
+    assert same(outputs(again, "t5"), outputs(whole, "t5"))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float16), ("marian", torch.float32)])

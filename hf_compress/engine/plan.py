@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from .registry import create_method, method_class
 from .rehearsal import rehearse
 from .scaling import Hardware, PaperPlan, on_paper
 from .session import OUTSIDE
-from .weights import count_weights, kept_weights, stored_bytes
+from .weights import count_weights, kept_weights, loaded_dtype, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -316,10 +315,8 @@ def _of_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             reason = reason or str(error)
             continue
         # What Transformers keeps in another dtype when it loads the model in this one.
-        for pattern, kept in skeleton._get_dtype_plan(dtype).items():
-            for name, parameter in skeleton.named_parameters():
-                if re.search(pattern.replace("*", ".*"), name):
-                    parameter.data = parameter.data.to(kept)
+        for name, parameter in skeleton.named_parameters():
+            parameter.data = parameter.data.to(loaded_dtype(skeleton, name, dtype))
         skeleton.tie_weights()
         return skeleton.eval()
     raise UnsupportedModelError(

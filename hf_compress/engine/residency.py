@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..anatomy import ModelAnatomy
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
 from .freed import return_freed_memory
+from .weights import loaded_dtype
 
 
 class Residency:
@@ -111,7 +112,8 @@ class Residency:
             unseen = block not in self._seen and found.is_floating_point()
             if unseen and not torch.isfinite(found).all():
                 raise NumericalError(f"the weight {name!r} holds NaN or infinite values: the checkpoint is damaged.")
-            _set(self.model, name, found.to(self._devices[block]))
+            dtype = loaded_dtype(self.model, name, found.dtype) if found.is_floating_point() else found.dtype
+            _set(self.model, name, found.to(self._devices[block], dtype))
         self._seen.add(block)
 
     def tensor(self, name: str) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..anatomy import ModelAnatomy, weight_count
 
@@ -36,3 +40,11 @@ def stored_bytes(module: nn.Module) -> int:
     written: dict[str, Tensor] = module.state_dict()
     different = {id(t) if t.is_meta else (t.data_ptr(), t.shape): written[name] for name, t in kept.items()}
     return sum(tensor.numel() * tensor.element_size() for tensor in different.values())
+
+
+def loaded_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What Transformers makes of a tensor when it loads the model in `dtype`: it keeps some in another."""
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        if re.search(pattern.replace("*", ".*"), name):
+            dtype = kept
+    return dtype

@@ -61,7 +61,7 @@ class DecomposedAttention(nn.Module):
     ) -> None:
         super().__init__()
         heads = Heads.of(dense, record)
-        self.record = record
+        self.record, self.dense_class = record, type(dense)
         attributes: Any = dense
         self.config: Any = attributes.config
         self.layer_idx = getattr(dense, "layer_idx", None)
@@ -381,11 +381,12 @@ class DecomposedAttention(nn.Module):
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of the half type on (batch, tokens, heads, group, dim), tables of half that width, or of less
-    where only the first dimensions turn."""
+    where only the first dimensions turn. Some families keep their tables in float32."""
     turned = 2 * cosine.shape[-1]
     first, second = states[..., :turned].chunk(2, dim=-1)
     parts = (first * cosine - second * sine, second * cosine + first * sine)
-    return torch.cat(parts if turned == states.shape[-1] else (*parts, states[..., turned:]), dim=-1)
+    whole = torch.cat(parts if turned == states.shape[-1] else (*parts, states[..., turned:]), dim=-1)
+    return whole.to(states.dtype)
 
 
 def _pad(states: Tensor, width: int | None) -> Tensor:
