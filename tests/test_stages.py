@@ -26,7 +26,7 @@ from hf_compress import (
     ModularDecompositionConfig,
     PruningConfig,
 )
-from hf_compress.engine.freed import return_pages_of_files
+from hf_compress.engine.freed import pages_of_files, return_pages
 from hf_compress.layout import layout_of
 
 SECOND: dict[str, Callable[[], Any]] = {
@@ -278,6 +278,6 @@ def test_replaced_weights_leave_no_pages_of_their_file(tmp_path: Path) -> None:
         read = file.get_tensor("weights")
         assert torch.equal(read, weights)
         before = mapped()
-        return_pages_of_files([read, torch.ones(2**20)])
+        return_pages(pages_of_files([read, torch.ones(2**20)]))
         assert mapped() < before - 2**24
         assert torch.equal(read, weights)

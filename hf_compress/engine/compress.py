@@ -28,6 +28,7 @@ from ..seeds import seeded
 from .activations import folder_of_activations
 from .checks import require_dense, require_finite_weights
 from .distributed import Processes, several_processes
+from .freed import return_pages
 from .inputs import Inputs, is_hub_id
 from .order import check_order, continues
 from .placement import require_whole
@@ -274,6 +275,7 @@ def _run(
         with seeded(stage.seed):
             _survey(method, session, resume)
             rows += walk(session, method, resume)
+        return_pages(session.replaced_pages)
         notes.update(session.notes)
         left_alone += session.left_alone
         if data is not None:

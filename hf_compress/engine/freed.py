@@ -37,26 +37,34 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def return_pages_of_files(tensors: Iterable[Tensor]) -> None:
-    """Give back the pages of files that tensors were read from, which have been replaced.
-
-    Safetensors are mapped: a page that was read stays until the last tensor of its file is gone, and a stack of stages
-    would hold the dense weights beside what the first stage made of them. Nothing is lost, as a page that is asked for
-    again is read again. Memory of other kinds is left alone, as are systems other than Linux.
-    """
-    advise, files = _function("madvise"), _mapped_files()
-    if advise is None or not files:
-        return
-    page = mmap.PAGESIZE
-    for tensor in tensors:
+def pages_of_files(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where the pages lie that tensors were mapped from safetensors files to: whole ones, as others are neighbours'
+    too. None for tensors in memory of their own, and on systems other than Linux."""
+    files, found = _mapped_files(), list[tuple[int, int]]()
+    for tensor in tensors if files else ():
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             continue
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        if any(first <= start and stop <= last for first, last in files):
-            # Whole pages alone: the others are neighbours' as well.
-            start, stop = -(-start // page) * page, stop // page * page
-            if start < stop:
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and _lie_in(files, first, last):
+            found.append((first, last))
+    return found
+
+
+def return_pages(pages: Iterable[tuple[int, int]]) -> None:
+    """Give back pages of files whose tensors have been replaced.
+
+    A page that was read stays until the last tensor of its file is gone: a stage would hold the dense weights beside
+    what the stage before made of them. Nothing is lost, as a page that is asked for again is read again.
+    """
+    advise, files = _function("madvise"), _mapped_files()
+    for first, last in pages if advise is not None else ():
+        if _lie_in(files, first, last):  # still
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _PAGE_OUT)
+
+
+def _lie_in(files: list[tuple[int, int]], first: int, last: int) -> bool:
+    return any(start <= first and last <= stop for start, stop in files)
 
 
 def _mapped_files() -> list[tuple[int, int]]:

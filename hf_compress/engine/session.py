@@ -40,6 +40,7 @@ class Session:
         processes: those that work on the stage together; each holds all of `batches`.
         notes: choices that were made from data, for the report.
         left_alone: what the method did not compress and why.
+        replaced_pages: where weights that were replaced are mapped from files.
     """
 
     anatomy: ModelAnatomy
@@ -50,6 +51,7 @@ class Session:
     processes: Processes = field(default_factory=Processes)
     notes: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
+    replaced_pages: list[tuple[int, int]] = field(default_factory=list)
 
     def progress(self, items: range, description: str) -> Iterator[int]:
         """The blocks in turn, each in memory as long as it is the turn, with a progress bar on the first process. What

@@ -13,7 +13,7 @@ from ..layout import connect
 from .activations import Activations
 from .blocks import BlockStream, require_finite
 from .distributed import Processes
-from .freed import return_pages_of_files
+from .freed import pages_of_files
 from .report import ModuleReport
 from .results import exchange, merged
 from .resume import ResumePoint
@@ -284,7 +284,7 @@ def _install(session: Session, result: BlockResult) -> None:
         for parameter in module.parameters():
             parameter.requires_grad_(reference.requires_grad and parameter.is_floating_point())
         model.set_submodule(path, module)
-        return_pages_of_files(parameter.detach() for parameter in old.parameters())
+        session.replaced_pages += pages_of_files(parameter.detach() for parameter in old.parameters())
     connect(model)
     for name, values in result.parameters.items():
         model.get_parameter(name).detach().copy_(values)
