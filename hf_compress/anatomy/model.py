@@ -106,14 +106,14 @@ class ModelAnatomy:
 
     def mlp_path(self, index: int, role: str) -> str:
         """Path of the projection with `role` "up", "gate" or "down" of a block that has an MLP."""
-        record = self.mlp(index)
-        assert record is not None
-        return join(self.block_paths[index], record.path, getattr(record, role))
+        return self.mlp_paths(index)[role]
 
     def mlp_paths(self, index: int) -> dict[str, str]:
         """Paths of the projections of a block's MLP by their roles, "down" as the last; none for a block without."""
-        record = self.mlp(index)
-        return {} if record is None else {role: self.mlp_path(index, role) for role in record.roles}
+        record, block = self.mlp(index), self.block_paths[index]
+        if record is None:
+            return {}
+        return {role: join(block, record.path, getattr(record, role)) for role in record.roles}
 
     def attention_count(self, index: int) -> int:
         """How many attentions of a block the record describes: none, its own, and in some that to the encoder, which

@@ -44,7 +44,5 @@ def stored_bytes(module: nn.Module) -> int:
 
 def loaded_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """What Transformers makes of a tensor when it loads the model in `dtype`: it keeps some in another."""
-    for pattern, kept in model._get_dtype_plan(dtype).items():
-        if re.search(pattern.replace("*", ".*"), name):
-            dtype = kept
-    return dtype
+    kept = model._get_dtype_plan(dtype)  # empty for most
+    return next((kept[pattern] for pattern in kept if re.search(pattern.replace("*", ".*"), name)), dtype)
