@@ -16,9 +16,11 @@ from support.processes import (
     Processes,
     compress_broken,
     compress_differently,
+    compress_encoder,
     compress_files,
     compress_model,
     compress_models,
+    compress_on_little,
     folder_names,
     stream_where_memory_differs,
 )
@@ -35,6 +37,9 @@ RECIPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], bool]] = {
         {},
         True,
     ),
+    # What the survey probes on held-out text, the search included.
+    "probes": ([{**MODULAR, "temperature": "auto"}], {}, True),
+    "search": ([{**MODULAR, "kinds": ["mlp"], "allocation": "search", "search_minutes": 60}], {}, True),
     "portable": ([{**MODULAR, "portable": True}], {}, True),
     "codebook": ([{"method": "codebook", "bits": 3}], {"num_samples": 19, "batch_size": 5}, True),
     "mixed bits": ([{"method": "codebook", "bits": "auto", "average_bits": 2.5, "order": "dense"}], {}, True),
@@ -97,6 +102,20 @@ def compressed(recipe: str, size: int) -> list[Any]:
     return [result[recipe] for result in all_compressed(size)]
 
 
+def assert_alike(found: Any, expected: Any) -> None:
+    """The same JSON but for rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    else:
+        assert found == expected
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_the_result_is_that_of_one_process(recipe: str, size: int) -> None:
@@ -109,16 +128,18 @@ def test_the_result_is_that_of_one_process(recipe: str, size: int) -> None:
         np.testing.assert_allclose(errors[0], errors[1], rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(result["logits"], alone["logits"], rtol=1e-6, atol=1e-6)
         assert result["left_alone"] == alone["left_alone"]
-        assert result["notes"].keys() == alone["notes"].keys()
+        assert_alike(result["notes"], alone["notes"])
 
 
 @pytest.mark.parametrize("recipe", [name for name, (_, _, shared) in RECIPES.items() if shared])
 def test_each_has_its_share_of_the_data(recipe: str) -> None:
     alone, results = compressed(recipe, 1)[0], compressed(recipe, 4)
     others = [result["sequences"] for result in results[1:]]
-    # The main process surveys for all, so it has more.
+    # Where they do not survey together, the main process has more.
     assert max(others) <= alone["sequences"] / 3 and min(others) > 0
     assert results[0]["sequences"] < alone["sequences"]
+    if recipe in ("probes", "search"):
+        assert results[0]["sequences"] <= alone["sequences"] / 3
 
 
 @pytest.mark.parametrize("recipe", ["modular", "modular, sequential", "codebook"])
@@ -140,13 +161,28 @@ def test_as_many_processes_make_the_same_bytes(recipe: str) -> None:
     assert again[0]["state"] == compressed(recipe, 4)[0]["state"]
 
 
+@pytest.mark.parametrize(("work", "arguments"), [(compress_on_little, (40,)), (compress_encoder, ())])
+def test_a_survey_finds_the_same_together(work: Any, arguments: tuple[Any, ...]) -> None:
+    """Also where most have no sequence of their own, and where hidden states are what counts."""
+    alone = PROCESSES.run(1, work, *arguments)[0]
+    results = PROCESSES.run(3, work, *arguments)
+    assert isinstance(alone, dict), alone
+    assert {"block_influence", "probe", "division_trials"} <= alone["notes"].keys()
+    for result in results:
+        assert isinstance(result, dict), result
+        assert result["state"] == results[0]["state"]
+        assert_alike(result["notes"], alone["notes"])
+        for name, tensor in alone["state"].items():
+            assert len(tensor) == len(result["state"][name]), name
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_is_raised_on_all(rank: int) -> None:
     for found in PROCESSES.run(2, compress_broken, rank):
         assert "NumericalError" in found and "model.layers.2" in found, found
 
 
-@pytest.mark.parametrize("stage", [RECIPES["modular"][0][0], RECIPES["codebook"][0][0]])
+@pytest.mark.parametrize("stage", [RECIPES[name][0][0] for name in ("modular", "probes", "codebook")])
 def test_checkpoints_are_streamed_by_all_processes(stage: dict[str, Any], tmp_path: Path) -> None:
     make_model("llama", torch.float64).save_pretrained(tmp_path / "dense")
     out = [str(tmp_path / name) for name in ("alone", "together")]

@@ -33,10 +33,10 @@ from hf_compress import (
 )
 from hf_compress.anatomy import resolve_anatomy
 from hf_compress.engine.blocks import BlockStream
+from hf_compress.engine.losses import hidden_state_errors, mean_ratio
 from hf_compress.layout import layout_of
 from hf_compress.methods.modular.compress import compress_block
 from hf_compress.methods.modular.statistics import collect_statistics
-from hf_compress.methods.modular.trial import hidden_state_error
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -317,8 +317,8 @@ def test_the_criterion_is_the_error_of_the_hidden_states(encoder: str) -> None:
         dense.advance(block)
         other.advance(block)
     other.hidden[0] = other.hidden[0] + 0.1 * torch.randn_like(other.hidden[0])
-    found = hidden_state_error(other, dense)
-    assert hidden_state_error(dense, dense) == 0.0
+    found = mean_ratio([hidden_state_errors(other, dense)])
+    assert mean_ratio([hidden_state_errors(dense, dense)]) == 0.0
     # The same through the model, whose last block is made to put out the other states.
     last: Any = anatomy.block(2)
     wanted, replaced = states(model, batch), other.hidden[0]

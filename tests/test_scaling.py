@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_compress.anatomy import resolve_anatomy
 from hf_compress.calibration.statistics import gram, strip_width
 from hf_compress.cli import app
 from hf_compress.engine.blocks import BlockStream
-from hf_compress.engine.costs import StageCosts, block_shape
+from hf_compress.engine.costs import StageCosts, SurveyCosts, block_shape
 from hf_compress.engine.registry import create_method
 from hf_compress.engine.scaling import HARDWARE, Hardware, gram_flops, this_machine
 from hf_compress.methods.modular.statistics import collect_statistics
@@ -205,10 +206,35 @@ def test_encoders_on_paper(name: str) -> None:
     assert 0 < eight.seconds < one.seconds and one.traffic == 0 < eight.traffic
 
 
-def test_a_survey_is_the_same_for_any_number() -> None:
+@pytest.mark.parametrize("dealt", [True, False])
+@pytest.mark.parametrize("devices", [1, 2, 3, 7])
+def test_the_busiest_in_a_survey(devices: int, dealt: bool) -> None:
+    """The sequences are dealt out one by one, as trial.py does."""
+    survey = SurveyCosts(
+        length=10, influence_tokens=50, probe_tokens=40, judged_tokens=50, allocations=(4, 3), forward_flops=10**4,
+        head_flops=10**2, statistics_flops=1, solve_flops=(1, 5, 2, 3), sum_bytes=8, dealt=dealt,
+    )  # fmt: skip
+    judged = 0
+    for streams in survey.allocations:
+        hands = Counter(
+            (stream * 5 + sequence) % devices if dealt else sequence % devices
+            for stream, sequence in itertools.product(range(streams), range(5))
+        )
+        judged += 10 * max(hands.values())
+    looked, probed = 10 * -(-5 // devices), 2 * 10 * -(-4 // devices)
+    solved = 2 * {1: 1 + 5 + 2 + 3, 2: 5 + 3, 3: 5 + 3, 7: 5}[devices]
+    assert survey.flops(devices) == {
+        "forward_flops": (looked + probed) * 10**4 + judged * (10**4 + 10**2),
+        "statistics_flops": probed,
+        "solve_flops": solved,
+    }
+    assert survey.passes == 3 and survey.traffic(100) == 2 * 8 + 7 * 100
+
+
+def test_a_survey_is_shared() -> None:
     config = ModularDecompositionConfig(reduction=0.3, calibration=calibration(num_samples=16))
     paper = hf_compress.plan(make_model("llama"), config, measure_time=False).on_paper((1, 16))
-    assert paper.rows[0].survey == paper.rows[1].survey > 0
+    assert 0 < paper.rows[1].survey < paper.rows[0].survey / 3
     text = str(paper)
     for word in (
         "H100 SXM",

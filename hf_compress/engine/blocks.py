@@ -26,8 +26,6 @@ from .activations import Activations
 Batch = dict[str, Tensor]
 # Arguments of a block beside the hidden states: positional, and by name.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Rows of logits turned to float32 at once.
-LOGIT_ROWS = 128
 CACHES = (Cache, EncoderDecoderCache)
 # Numbers of an image that make up a position: a usual patch.
 IMAGE_POSITION = 3 * 16 * 16
@@ -216,7 +214,7 @@ class BlockStream:
             for row in range(len(hidden)):
                 rows = slice(row, row + 1)
                 row_of = partial(_row_of, size=len(hidden), rows=rows)
-                other.batches.append(_rows(batch, rows))
+                other.batches.append(rows_of(batch, rows))
                 other.hidden.append(hidden[rows])
                 other._arguments.append(tree_map(row_of, calls))
         return other
@@ -257,35 +255,6 @@ class BlockStream:
         """Hidden states in place of what a block puts out, without what it has beside them."""
         count = self.anatomy.record.more_outputs
         return (hidden, *(None,) * count) if count else hidden
-
-    def final_loss(self) -> float:
-        """What the model makes of the hidden states after the last block: mean negative log-likelihood a token.
-
-        The model's own final norm and head run on them, sequence by sequence, so that a family's extras (softcap,
-        logit scale) are kept.
-        """
-        blocks = [self.anatomy.block(index) for index in range(len(self.anatomy))]
-        model, total, count = self.anatomy.model, 0.0, 0
-        for batch, hidden in zip(self.batches, self.hidden, strict=True):
-            for row in range(len(hidden)):
-                final = hidden[row : row + 1]
-                single = _rows(batch, slice(row, row + 1))
-                with torch.no_grad(), replaced_forward(blocks, lambda *_, _final=final, **__: self.as_output(_final)):
-                    logits = model(**model_inputs(model, single)).logits[0, :-1]
-                targets = single["input_ids"][0, 1:].to(logits.device)
-                mask = single.get("attention_mask")
-                mask = mask[0, 1:].bool() if mask is not None and mask.dim() == 2 else None
-                for start in range(0, len(targets), LOGIT_ROWS):
-                    rows = slice(start, start + LOGIT_ROWS)
-                    losses = nn.functional.cross_entropy(
-                        logits[rows].float(), targets[rows], reduction="none"
-                    ).double()
-                    if mask is not None:
-                        losses = losses[mask[rows].to(losses.device)]
-                    total, count = total + float(losses.sum()), count + losses.numel()
-        if count == 0:
-            raise CalibrationError("there is no held-out token to measure a loss on; give more text.")
-        return total / count
 
 
 def body(model: Any) -> nn.Module:
@@ -391,7 +360,7 @@ def require_finite(hidden: Tensor, what: str) -> Tensor:
     return hidden
 
 
-def _rows(batch: Batch, rows: slice) -> Batch:
+def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some rows of a batch; tensors that all rows share, such as position ids of shape (1, tokens), stay whole."""
     size = max(len(tensor) for tensor in batch.values())
     return {name: tensor[rows] if len(tensor) == size else tensor for name, tensor in batch.items()}
@@ -410,7 +379,7 @@ def every_nth(batches: list[Batch], first: int, n: int) -> list[Batch]:
         start = (first - seen) % n
         size = max(len(tensor) for tensor in batch.values())
         if start < size:
-            taken.append(_rows(batch, slice(start, None, n)))
+            taken.append(rows_of(batch, slice(start, None, n)))
         seen += size
     return taken
 
@@ -424,7 +393,7 @@ def take_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
         if first.dim() > 2:  # an image
             length = max(first[0].numel() // IMAGE_POSITION, 1)
         rows = min(len(first), max(-(-tokens // length), 1))
-        taken.append(_rows(batch, slice(0, rows)))
+        taken.append(rows_of(batch, slice(0, rows)))
         tokens -= rows * length
         if tokens <= 0:
             break

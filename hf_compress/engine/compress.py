@@ -306,23 +306,28 @@ def _require_in_sight(directory: Path | None) -> None:
 
 
 def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> None:
-    """Survey on one process, or take up what an interrupted run had decided; the others are told."""
+    """Survey, or take up what an interrupted run had decided. All processes know it then."""
+    processes, alone = session.processes, replace(session, processes=Processes())
 
-    def decide() -> dict[str, Any]:
-        kept = resume.decisions
-        if kept is None:
-            method.survey(session)
-            kept = {"method": method.decisions(), "notes": session.notes, "left_alone": session.left_alone}
-            if kept["method"] is not None:
-                resume.keep_decisions(kept)
-        else:
-            method.restore(kept["method"])
-        return kept
+    def decide(surveyed: Session) -> dict[str, Any]:
+        method.survey(surveyed)
+        return {"method": method.decisions(), "notes": surveyed.notes, "left_alone": surveyed.left_alone}
 
-    found = session.processes.once(decide)
-    if not session.processes.is_main and session.is_shared(method):
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        if found["method"] is not None:
+            resume.keep_decisions(found)
+        return found
+
+    found, shared = processes.once(lambda: resume.decisions), session.is_shared(method)
+    surveyed = False
+    if found is None and shared and method.surveys_together:
+        own, surveyed = decide(session), True
+        found = processes.once(partial(kept, own))
+    elif found is None:
+        found, surveyed = processes.once(lambda: kept(decide(alone))), processes.is_main
+    if not surveyed and (processes.is_main or shared):
         if found["method"] is None:
-            method.survey(session)
+            method.survey(alone)
         else:
             method.restore(found["method"])
     session.notes, session.left_alone = found["notes"], found["left_alone"]

@@ -92,6 +92,66 @@ class BlockShape:
 
 
 @dataclass(frozen=True)
+class SurveyCosts:
+    """What is done before the first block: one dense pass for the blocks' influence, and a walk for every probe that
+    compares allocations: a stream for the statistics of all kinds, and one of held-out text an allocation.
+
+    Args:
+        length: tokens of a sequence.
+        influence_tokens, probe_tokens, judged_tokens: of the pass for the influence, of a probe's statistics, and
+            held-out ones of an allocation.
+        allocations: of every probe.
+        forward_flops, head_flops, statistics_flops: a token of one pass through all blocks, the head, all statistics.
+        solve_flops: of every block's factorisation, which serves all allocations.
+        sum_bytes: of the statistics of all blocks.
+        dealt: whether the held-out sequences of all allocations are dealt out over the processes, not only those of
+            one.
+        seconds: that the recipe gives a search.
+    """
+
+    length: int
+    influence_tokens: int = 0
+    probe_tokens: int = 0
+    judged_tokens: int = 0
+    allocations: tuple[int, ...] = ()
+    forward_flops: int = 0
+    head_flops: int = 0
+    statistics_flops: int = 0
+    solve_flops: tuple[int, ...] = ()
+    sum_bytes: int = 0
+    dealt: bool = True
+    seconds: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        """How often all blocks are gone through."""
+        return bool(self.influence_tokens) + len(self.allocations)
+
+    def flops(self, devices: int) -> dict[str, int]:
+        """Operations of the busiest device, by their kind."""
+
+        def own(tokens: int, streams: int = 1) -> int:
+            sequences = -(-tokens // self.length)
+            each = -(-streams * sequences // devices) if self.dealt else streams * -(-sequences // devices)
+            # Alone it is as many tokens; otherwise whole sequences.
+            return streams * tokens if devices == 1 else each * self.length
+
+        probes = len(self.allocations)
+        judged = sum(own(self.judged_tokens, count) for count in self.allocations)
+        looked = own(self.influence_tokens) + probes * own(self.probe_tokens)
+        groups = range(0, len(self.solve_flops), devices)
+        return {
+            "forward_flops": looked * self.forward_flops + judged * (self.forward_flops + self.head_flops),
+            "statistics_flops": probes * own(self.probe_tokens) * self.statistics_flops,
+            "solve_flops": probes * sum(max(self.solve_flops[start : start + devices]) for start in groups),
+        }
+
+    def traffic(self, result_bytes: int) -> int:
+        """Bytes that a device sends: sums to their owner, and every allocation's new modules to everybody."""
+        return len(self.allocations) * self.sum_bytes + sum(self.allocations) * result_bytes
+
+
+@dataclass(frozen=True)
 class StageCosts:
     """All blocks of a model in one stage.
 
@@ -103,9 +163,7 @@ class StageCosts:
         result_bytes: of the new modules of all blocks, which every process receives.
         sequential: whether a block waits for the results of the one before.
         model_bytes, block_bytes: of the whole model, and of all its blocks.
-        survey_passes: how often the survey goes through all blocks.
-        survey_forward_flops, survey_statistics_flops, survey_solve_flops: of the survey, which one process does.
-        survey_seconds: that the recipe gives a search.
+        survey: what comes before the first block.
     """
 
     forward_flops: int
@@ -116,11 +174,12 @@ class StageCosts:
     sequential: bool
     model_bytes: int
     block_bytes: int
-    survey_passes: int
-    survey_forward_flops: int
-    survey_statistics_flops: int
-    survey_solve_flops: int
-    survey_seconds: float
+    survey: SurveyCosts
+
+    @property
+    def new_block_bytes(self) -> int:
+        """Of the new modules of a block."""
+        return -(-self.result_bytes // max(len(self.tasks), 1))
 
     def solved_in_turn(self, devices: int) -> int:
         """Operations one after the other: in dense order a block a device, in sequential order a task a device."""
@@ -135,12 +194,14 @@ class StageCosts:
         if devices == 1:
             return 0
         sums = sum(self.sum_bytes)
-        return (2 * (devices - 1) * sums // devices if self.sequential else sums) + self.result_bytes
+        blocks = (2 * (devices - 1) * sums // devices if self.sequential else sums) + self.result_bytes
+        return blocks + self.survey.traffic(self.result_bytes)
 
     def readings(self, devices: int) -> int:
         """How often the blocks are read where one is in memory at a time: once for every pass over all of them, and
-        again to solve and replace those of a group."""
-        return self.survey_passes + 1 + (not self.sequential and devices > 1)
+        again to solve and replace those of a group, as the probes do."""
+        again = (not self.sequential) + len(self.survey.allocations)
+        return self.survey.passes + 1 + again * (devices > 1)
 
 
 def count_costs(skeleton: PreTrainedModel, recipe: CompressionConfig, load: Workload) -> list[StageCosts]:
@@ -173,7 +234,7 @@ def count_costs(skeleton: PreTrainedModel, recipe: CompressionConfig, load: Work
         if layout:
             replay(skeleton, layout)
         new = sum(stored_bytes(skeleton.get_submodule(entry["path"])) for entry in layout)
-        costs.append(_costs(shapes, method, load, result_bytes=new, **sizes, **survey))
+        costs.append(_costs(shapes, method, load, result_bytes=new, survey=survey, **sizes))
     return costs
 
 
@@ -224,36 +285,35 @@ def block_shape(anatomy: ModelAnatomy, block: int, layout: list[dict[str, Any]])
     )
 
 
-def _survey(method: Method[Any, Any], shapes: list[BlockShape], load: Workload) -> dict[str, Any]:
-    """What is done before the first block: one dense pass for the blocks' influence, and a walk for every probe that
-    compares allocations: a stream for the statistics of all kinds, and one of held-out text an allocation."""
+def _survey(method: Method[Any, Any], shapes: list[BlockShape], load: Workload) -> SurveyCosts:
     # The methods import the engine, so they cannot be imported above.
     from ..methods.modular.method import GROWTH_EXPONENTS, INFLUENCE_TOKENS, TEMPERATURES
     from ..methods.modular.trial import HELD_OUT_TOKENS, TRIAL_TOKENS
 
     config: Any = method.config
-    found = {"passes": 0, "forward_flops": 0, "statistics_flops": 0, "solve_flops": 0}
-    seconds = 0.0
-    if method.needs_calibration and not config.portable:
-        seconds = 60 * config.search_minutes if config.allocation == "search" else 0.0
-        probes: list[int] = []
-        if config.kinds == "auto" and isinstance(config.reduction, float):
-            # The dense model and every kind alone; then the simplest division and one for every way of growth.
-            probes += [1 + len(KINDS), 1 + len(GROWTH_EXPONENTS)]
-        if config.temperature == "auto" and config.allocation != "uniform":
-            probes.append(len(TEMPERATURES))
-        looked, judged = min(TRIAL_TOKENS, load.tokens), min(HELD_OUT_TOKENS, load.num_held_out * load.sequence_length)
-        forward = sum(shape.forward_flops(load.sequence_length) for shape in shapes)
-        if config.allocation != "uniform":
-            found["passes"] += 1
-            found["forward_flops"] += min(INFLUENCE_TOKENS, load.tokens) * forward
-        # Encoders are judged by their hidden states.
-        vocabulary = int(text_config(method.anatomy.model).vocab_size) if method.anatomy.record.decoder else 0
-        head = 2 * vocabulary * shapes[0].hidden
-        for allocations in probes:
-            found["passes"] += 1
-            found["forward_flops"] += looked * forward + allocations * judged * (forward + head)
-            found["statistics_flops"] += looked * sum(shape.statistics_flops(KINDS, False) for shape in shapes)
-            # One factorisation of an MLP serves all allocations; heads are solved for each, and hardly count.
-            found["solve_flops"] += sum(sum(shape.tasks({"mlp": shape.inner}, False)) for shape in shapes)
-    return {**{f"survey_{name}": count for name, count in found.items()}, "survey_seconds": seconds}
+    if not method.needs_calibration or config.portable:
+        return SurveyCosts(load.sequence_length)
+    allocations: list[int] = []
+    if config.kinds == "auto" and isinstance(config.reduction, float):
+        # The dense model and every kind alone; then the simplest division and one for every way of growth.
+        allocations += [1 + len(KINDS), 1 + len(GROWTH_EXPONENTS)]
+    if config.temperature == "auto" and config.allocation != "uniform":
+        allocations.append(len(TEMPERATURES))
+    by_tokens = method.anatomy.record.decoder
+    # Encoders are judged by their hidden states.
+    vocabulary = int(text_config(method.anatomy.model).vocab_size) if by_tokens else 0
+    return SurveyCosts(
+        length=load.sequence_length,
+        influence_tokens=0 if config.allocation == "uniform" else min(INFLUENCE_TOKENS, load.tokens),
+        probe_tokens=min(TRIAL_TOKENS, load.tokens),
+        judged_tokens=min(HELD_OUT_TOKENS, load.num_held_out * load.sequence_length),
+        allocations=tuple(allocations),
+        forward_flops=sum(shape.forward_flops(load.sequence_length) for shape in shapes),
+        head_flops=2 * vocabulary * shapes[0].hidden,
+        statistics_flops=sum(shape.statistics_flops(KINDS, False) for shape in shapes),
+        # Heads are solved for every allocation, and hardly count.
+        solve_flops=tuple(sum(shape.tasks({"mlp": shape.inner}, False)) for shape in shapes),
+        sum_bytes=sum(shape.sum_bytes(KINDS, False) for shape in shapes),
+        dealt=by_tokens,
+        seconds=60 * config.search_minutes if config.allocation == "search" else 0.0,
+    )

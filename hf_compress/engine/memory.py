@@ -9,7 +9,7 @@ from typing import Any
 from ..anatomy import ModelAnatomy, text_config, weight_count
 from ..calibration.configuration import CalibrationConfig
 from ..configuration import CompressionConfig
-from .blocks import LOGIT_ROWS
+from .losses import LOGIT_ROWS
 from .session import Expectation, Method
 from .weights import count_weights, stored_bytes
 

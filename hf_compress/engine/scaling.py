@@ -203,7 +203,7 @@ class PaperRow:
 
     Args:
         devices: how many.
-        survey: seconds of what one process does for all before the first block.
+        survey: seconds of what is done before the first block.
         forward, statistics, factorisation: seconds of running the blocks, summing statistics, and solving.
         network, reading: seconds of the collectives, and of reading the checkpoint.
         memory: bytes at the highest point of a device.
@@ -246,7 +246,7 @@ class PaperPlan:
         return [
             *self.hardware.assumptions(),
             f"data: {data.num_samples} sequences of {data.sequence_length} tokens, dealt out over the processes",
-            "one process a device; collectives send what ring algorithms send; one process surveys for all",
+            "one process a device; collectives send what ring algorithms send",
             "operations and bytes are counted as the code does them, times are these divided by the rates above, one "
             "after the other; starting kernels, copies, norms and writing files are left out",
         ]
@@ -315,7 +315,10 @@ def _row(
     samples = -(-workload.num_samples // sharing)
     own = replace(workload, num_samples=samples, batch_size=min(workload.batch_size, samples))
     # While the others' sums are collected, a process keeps those of the block that it will solve.
-    kept = max((max(stage.sum_bytes) for stage in stages if not stage.sequential), default=0) if sharing > 1 else 0
+    kept = max((max(stage.sum_bytes) for stage in stages if not stage.sequential), default=0)
+    # Or all new modules that the probes make of that block.
+    kept = max(kept, *(max(stage.survey.allocations, default=0) * stage.new_block_bytes for stage in stages))
+    kept = kept if sharing > 1 else 0
     memory, streamed = whole(own) + kept, False
     if memory > hardware.memory and by_block is not None:
         memory, streamed = by_block(own) + kept, True
@@ -325,7 +328,7 @@ def _row(
         "solve_flops": hardware.solve_flops * hardware.solve_share,
     }
     survey = sum(
-        stage.survey_seconds + sum(getattr(stage, f"survey_{name}") / rate for name, rate in rates.items())
+        stage.survey.seconds + sum(count / rates[name] for name, count in stage.survey.flops(sharing).items())
         for stage in stages
     )
     read = stages[0].model_bytes

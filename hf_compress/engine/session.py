@@ -56,7 +56,8 @@ class Session:
     def progress(self, items: range, description: str) -> Iterator[int]:
         """The blocks in turn, each in memory as long as it is the turn, with a progress bar on the first process. What
         a block has freed goes back to the system."""
-        for item in tqdm(items, desc=description, unit="block", leave=False, disable=None):
+        hidden = None if self.processes.is_main else True
+        for item in tqdm(items, desc=description, unit="block", leave=False, disable=hidden):
             with self.resident(item):
                 yield item
             return_freed_memory()
@@ -141,6 +142,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     #: Whether the statistics of a block are sums over calibration data, which several processes may add up: then each
     #: runs a part of the data and solves a part of the modules. Otherwise one process does all of it for the others.
     spreads: bool = False
+    #: Whether the processes that share the work survey together; otherwise one does it for the others.
+    surveys_together: ClassVar[bool] = False
     #: Whether experts in parameters of three dimensions are compressed as well.
     reaches_experts: ClassVar[bool] = False
     #: Whether matrices whose dtype the family's class looks at are compressed as well: what replaces them has one.
@@ -173,7 +176,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
         """The layout that the recipe leads to, without data: the model may be on the meta device."""
 
     def survey(self, session: Session) -> None:
-        """One cheap pass for what must be known of all blocks before the first is touched; then allocate."""
+        """One cheap pass for what must be known of all blocks before the first is touched; then allocate. The
+        session's processes are those that call it, and all must decide the same."""
 
     @abstractmethod
     def decisions(self) -> dict[str, Any] | None:

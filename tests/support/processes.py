@@ -124,6 +124,35 @@ def compress_model(family: str, stages: list[dict[str, Any]], dtype: str, option
     }
 
 
+def compress_on_little(tokens: int) -> dict[str, Any]:
+    """`compress_model`, where the survey looks at so few tokens that most processes have none of them."""
+    from hf_compress.methods.modular import method, trial
+
+    trial.TRIAL_TOKENS = method.INFLUENCE_TOKENS = tokens
+    return compress_model("llama", [{"method": "modular_decomposition", "reduction": 0.25}], "float64", {})
+
+
+def compress_encoder() -> dict[str, Any]:
+    """Padded texts through an encoder, whose kinds are probed: its tensors, and what the survey found."""
+    import torch
+    from encoders import inputs, make_encoder
+
+    import hf_compress
+
+    rows = inputs("bert", 48)
+
+    def collate(chosen: list[int]) -> dict[str, torch.Tensor]:
+        return {name: tensor[torch.tensor(chosen)] for name, tensor in rows.items()}
+
+    source = hf_compress.CalibrationConfig(
+        list(range(48)), data_collator=collate, num_samples=39, num_held_out=9, batch_size=10
+    )
+    model = make_encoder("bert").double()
+    hf_compress.compress(model, hf_compress.ModularDecompositionConfig(reduction=0.25, calibration=source))
+    state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    return {"state": state, "notes": model.compression_report.notes}
+
+
 def _methods() -> Any:
     from types import SimpleNamespace
 

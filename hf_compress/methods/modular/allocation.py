@@ -79,13 +79,20 @@ def realise(
     def step(i: int) -> int:
         return min(multiples[i], largest[i] - sizes[i])
 
+    # What decides between equals must not be how sums were rounded.
+    def lacking(i: int) -> float:
+        return round((wanted[i] - sizes[i]) / multiples[i], 9)
+
+    def nearer(one: float, other: float) -> bool:
+        return abs(one - target) < abs(other - target) - 1e-9 * target
+
     while True:
         candidates = [i for i in range(len(sizes)) if sizes[i] < largest[i]]
         if not candidates:
             break
-        best = max(candidates, key=lambda i: (wanted[i] - sizes[i]) / multiples[i])
+        best = max(candidates, key=lacking)
         after = spent + step(best) * costs[best]
-        if abs(after - target) >= abs(spent - target):
+        if not nearer(after, spent):
             break
         spent = after
         sizes[best] += step(best)
@@ -94,9 +101,9 @@ def realise(
         candidates = [i for i in range(len(sizes)) if sizes[i] - multiples[i] >= floors[i]]
         if not candidates:
             break
-        best = min(candidates, key=lambda i: (wanted[i] - sizes[i]) / multiples[i])
+        best = min(candidates, key=lacking)
         after = spent - multiples[best] * costs[best]
-        if abs(after - target) >= abs(spent - target):
+        if not nearer(after, spent):
             break
         spent = after
         sizes[best] -= multiples[best]

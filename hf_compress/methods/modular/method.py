@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import ModelAnatomy, require_parts, text_config
 from ...calibration.statistics import cosine_distances
-from ...engine.blocks import real_tokens, take_tokens
+from ...engine.blocks import every_nth, real_tokens, take_tokens
 from ...engine.registry import register_method
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError
@@ -49,7 +49,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
 
     config_class = ModularDecompositionConfig
     leaves = tuple(kind.layout_type for kind in (ResizedLinear, ResizedConv1D, ResizedExperts, DecomposedAttention))
-    spreads = True
+    spreads = surveys_together = True
     reaches_experts = True
     reaches_left_dense = True
 
@@ -330,15 +330,24 @@ def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 def block_influence(session: Session) -> torch.Tensor:
     """`s_i = 1 − E[cos(x_in, x_out)]` over the residual stream of a dense pass (MoDeGPT, section 3.3), (blocks,)."""
-    stream = session.stream(take_tokens(session.batches, INFLUENCE_TOKENS))
-    influence = torch.zeros(len(session.anatomy), dtype=torch.float64)
-    for block in session.progress(range(len(session.anatomy)), "survey"):
-        stream.come_to(block)
-        before = stream.hidden.copy()
-        stream.advance(block)
-        parts = []
-        for batch, (x, y) in enumerate(zip(before, stream.hidden, strict=True)):
-            with stream.text_positions(batch):
-                parts.append(cosine_distances(real_tokens(x), real_tokens(y)))
-        influence[block] = sum(part[0] for part in parts) / sum(part[1] for part in parts)
-    return influence
+    processes, blocks = session.processes, range(len(session.anatomy))
+
+    def sums() -> list[tuple[float, int]]:
+        """The distances and how many they are, over the sequences of this process."""
+        batches = every_nth(take_tokens(session.batches, INFLUENCE_TOKENS), processes.rank, processes.size)
+        stream, found = session.stream(batches), []
+        for block in session.progress(blocks, "survey"):
+            stream.come_to(block)
+            before = stream.hidden.copy()
+            stream.advance(block)
+            distance, count = 0.0, 0
+            for batch, (x, y) in enumerate(zip(before, stream.hidden, strict=True)):
+                with stream.text_positions(batch):
+                    part = cosine_distances(real_tokens(x), real_tokens(y))
+                distance, count = distance + part[0], count + part[1]
+            found.append((distance, count))
+        return found
+
+    parts = processes.each(sums)
+    influence = [sum(own[block][0] for own in parts) / sum(own[block][1] for own in parts) for block in blocks]
+    return torch.tensor(influence, dtype=torch.float64)

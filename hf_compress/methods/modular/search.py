@@ -33,7 +33,11 @@ def improve(session: Session, config: ModularDecompositionConfig, geometry: Geom
     best, best_loss = start, trial_losses(session, config, [start], held_out_tokens=2**31)[0]
     first_loss, step, walks = best_loss, FIRST_STEP, 0
     slowest = 0.0
-    while step > SMALLEST_STEP and time.monotonic() - began + slowest < 60 * config.search_minutes:
+
+    def time_is_left() -> bool:
+        return time.monotonic() - began + slowest < 60 * config.search_minutes
+
+    while step > SMALLEST_STEP and session.processes.once(time_is_left):
         walk_began = time.monotonic()
         candidates = [_neighbour(geometry, config, best, step, generator) for _ in range(POPULATION)]
         losses = trial_losses(session, config, candidates, held_out_tokens=2**31)
