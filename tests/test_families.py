@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers as hf
 from conftest import interrupt, token_ids
 from families import CONFIGS, DECODERS, MULTIMODAL, STACKS, auto_class, calibration, inputs, make, outputs
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -21,6 +23,7 @@ from hf_compress import CodebookConfig, LayerSharingConfig, ModularDecomposition
 from hf_compress.anatomy import known_model_types, resolve_anatomy
 from hf_compress.calibration.data import load_calibration_data
 from hf_compress.cli.app import app
+from hf_compress.engine import activations
 from hf_compress.engine.blocks import BlockStream, complete, model_inputs
 from hf_compress.methods.modular.compress import compress_block
 from hf_compress.methods.modular.sizes import Geometry
@@ -63,6 +66,31 @@ def test_the_stream_follows_the_model(name: str) -> None:
     for index in range(len(anatomy)):
         stream.advance(index)
         assert torch.equal(stream.hidden[0], seen[index])
+
+
+@pytest.mark.parametrize("name", ["bart", "bloom", "clip", "dinov3_vit", "gemma3", "mixtral", "t5"])
+def test_what_goes_with_a_stream_is_kept_in_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks, rotary tables and what an encoder hands to a decoder may be larger than the hidden states."""
+    monkeypatch.setattr(activations, "WORTH_A_FILE", 1)
+    model, batch = make(name), inputs(name, 4, seed=3)
+    if "attention_mask" in batch:
+        batch["attention_mask"][1, -3:] = 0
+    anatomy = resolve_anatomy(model)
+    stream, other = BlockStream(anatomy, [batch]), BlockStream(anatomy, [batch], tmp_path)
+    for index in range(len(anatomy)):
+        stream.advance(index)
+        single = other.by_sequence()
+        other.advance(index)
+        assert not any(isinstance(part, torch.Tensor) for part in tree_leaves(other._arguments))
+        assert torch.equal(stream.hidden[0], other.hidden[0])
+        if len(anatomy.stacks) == 1:
+            rows = torch.cat([single.run(index, row) for row in range(len(single))])
+            torch.testing.assert_close(rows, stream.hidden[0], rtol=1e-4, atol=1e-5)
+    # One file a tensor, whichever blocks it is for; they go with the stream.
+    assert len(list(tmp_path.iterdir())) <= 7 * (1 + len(single))
+    del stream, other, single
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 @every_family

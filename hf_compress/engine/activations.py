@@ -1,4 +1,5 @@
-"""Hidden states of all calibration batches at one place of a model: in memory, or in files where they are too many."""
+"""Hidden states of all calibration batches at one place of a model, and what goes with them: in memory, or in files
+where they are too many."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -14,6 +15,7 @@ from typing import Any, overload
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import CompressionError
 from .distributed import Processes
@@ -27,7 +29,7 @@ class Activations(MutableSequence[Tensor]):
 
     def __init__(self, folder: Path | None = None, tensors: Iterable[Tensor] = ()) -> None:
         self.folder = folder
-        self._items: list[Tensor | _Filed] = [self._kept(tensor) for tensor in tensors]
+        self._items: list[Tensor | FiledTensor] = [self._kept(tensor) for tensor in tensors]
 
     def copy(self) -> Activations:
         """The same tensors in a list of its own."""
@@ -35,8 +37,8 @@ class Activations(MutableSequence[Tensor]):
         other._items = list(self._items)
         return other
 
-    def _kept(self, tensor: Tensor) -> Tensor | _Filed:
-        return tensor if self.folder is None else _Filed(tensor, self.folder)
+    def _kept(self, tensor: Tensor) -> Tensor | FiledTensor:
+        return tensor if self.folder is None else FiledTensor(tensor, self.folder)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -48,7 +50,7 @@ class Activations(MutableSequence[Tensor]):
             other._items = self._items[index]
             return other
         item = self._items[index]
-        return item.read() if isinstance(item, _Filed) else item
+        return item.read() if isinstance(item, FiledTensor) else item
 
     def __setitem__(self, index: Any, tensor: Any) -> None:
         self._items[index] = self._kept(tensor)
@@ -63,7 +65,39 @@ class Activations(MutableSequence[Tensor]):
         self._items.insert(index, self._kept(value))
 
 
-class _Filed:
+# Smaller tensors stay in memory.
+WORTH_A_FILE = 2**16
+
+
+def filed(value: Any, folder: Path | None) -> Any:
+    """Nested data with the large tensors in files; as it is without a folder."""
+    if folder is None:
+        return value
+
+    def large(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.nbytes >= WORTH_A_FILE
+
+    return map_once(lambda part: FiledTensor(part, folder) if large(part) else part, value)
+
+
+def read(value: Any) -> Any:
+    """What `filed` was given."""
+    return map_once(lambda part: part.read() if isinstance(part, FiledTensor) else part, value)
+
+
+def map_once(function: Callable[[Any], Any], value: Any) -> Any:
+    """Nested data with a function of every part in its place, called once for a part that occurs several times."""
+    found: dict[int, Any] = {}
+
+    def mapped(part: Any) -> Any:
+        if id(part) not in found:
+            found[id(part)] = function(part)
+        return found[id(part)]
+
+    return tree_map(mapped, value)
+
+
+class FiledTensor:
     """A tensor in a file, which goes when nobody refers to it any more."""
 
     def __init__(self, tensor: Tensor, folder: Path) -> None:

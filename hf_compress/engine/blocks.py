@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..anatomy import ModelAnatomy, text_config
 from ..errors import CalibrationError, CompressionError, NumericalError, UnsupportedModelError
-from .activations import Activations
+from .activations import Activations, filed, map_once, read
 
 Batch = dict[str, Tensor]
 # Arguments of a block beside the hidden states: positional, and by name.
@@ -110,16 +109,19 @@ class BlockStream:
         self._resident = resident or (lambda _: nullcontext())
         self.batches = [complete(anatomy.model, batch) for batch in batches]
         self.hidden = Activations(folder)
-        # Of the stack that the stream is in: what its blocks are called with, by the batch.
-        self._arguments: list[list[list[Call]]] = []
+        # Of the stack that the stream is in: what its blocks are called with, by the batch; large tensors in files.
+        self._arguments: list[Any] = []
         self._stack = 0
         # The block that ran last, and what the stacks before have put out.
         self._last = -1
         self._finals: list[Activations] = []
         for batch in range(len(batches)):
-            calls, entry = self._recorded(batch)
-            self._arguments.append(calls)
-            self.hidden.append(entry)
+            self._enter(batch)
+
+    def _enter(self, batch: int) -> None:
+        calls, entry = self._recorded(batch)
+        self._arguments.append(filed(calls, self.hidden.folder))
+        self.hidden.append(entry)
 
     def _recorded(self, batch: int) -> tuple[list[list[Call]], Tensor]:
         """Run the model on a batch: what it passes to the blocks of the present stack, and the first one's input."""
@@ -190,9 +192,7 @@ class BlockStream:
             self._stack, self._last = self._stack + 1, stacks[self._stack + 1].start - 1
             self._arguments = []
             for batch in range(len(self)):
-                calls, entry = self._recorded(batch)
-                self._arguments.append(calls)
-                self.hidden.append(entry)
+                self._enter(batch)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -210,19 +210,23 @@ class BlockStream:
         other.__dict__.update(self.__dict__)
         other.batches, other._arguments, other._finals = [], [], []
         other.hidden = Activations(self.hidden.folder)
-        for batch, hidden, calls in zip(self.batches, self.hidden, self._arguments, strict=True):
+        heads = int(getattr(text_config(self.anatomy.model), "num_attention_heads", 0))
+        for batch, hidden, arguments in zip(self.batches, self.hidden, self._arguments, strict=True):
+            calls = read(arguments)
             for row in range(len(hidden)):
                 rows = slice(row, row + 1)
-                row_of = partial(_row_of, size=len(hidden), rows=rows)
+                row_of = partial(_row_of, size=len(hidden), heads=heads, rows=rows)
+                own = map_once(row_of, calls)
                 other.batches.append(rows_of(batch, rows))
                 other.hidden.append(hidden[rows])
-                other._arguments.append(tree_map(row_of, calls))
+                other._arguments.append(filed(own, self.hidden.folder))
         return other
 
     def calls(self, index: int, batch: int) -> list[Call]:
         """What the model passes to block `index` beside the hidden states of a batch, every time that it runs it."""
         self.come_to(index)
-        return self._arguments[batch][index]
+        found: list[Call] = read(self._arguments[batch][index])
+        return found
 
     def run(self, index: int, batch: int) -> Float[Tensor, "batch *place d"]:
         """Block `index` on the present hidden states of a batch; the stream itself does not move."""
@@ -366,9 +370,14 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     return {name: tensor[rows] if len(tensor) == size else tensor for name, tensor in batch.items()}
 
 
-def _row_of(value: Any, size: int, rows: slice) -> Any:
-    """Rows of a tensor that has one a sequence; anything else as it is."""
-    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+def _row_of(value: Any, size: int, heads: int, rows: slice) -> Any:
+    """Rows of a tensor that has one a sequence, or, as ALiBi's biases, one a sequence and head; anything else as it
+    is."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if value.dim() == 3 and value.shape[:2] == (size * heads, 1):
+        return value.unflatten(0, (size, heads))[rows].flatten(0, 1)
+    return value[rows] if len(value) == size else value
 
 
 def every_nth(batches: list[Batch], first: int, n: int) -> list[Batch]:

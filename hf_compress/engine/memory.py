@@ -28,12 +28,14 @@ class Workload:
         num_samples, sequence_length: sequences, and tokens in each.
         batch_size: sequences in a batch.
         num_held_out: sequences that choices are made on.
+        padded: whether batches may have padding, and with it a mask of positions by positions.
     """
 
     num_samples: int
     sequence_length: int
     batch_size: int
     num_held_out: int
+    padded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -66,7 +68,9 @@ class Workload:
         length = source.sequence_length
         if source.kind == "tokens":  # these keep the length that they have
             length = max((len(row) for row in source.dataset), default=length)
-        return cls(source.num_samples, length, source.batch_size, source.num_held_out)
+        # Texts are packed, and rows of tokens go without a mask.
+        padded = source.data_collator is not None
+        return cls(source.num_samples, length, source.batch_size, source.num_held_out, padded)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class StagePeak:
         expectation: what the method says of itself.
         needs_calibration, streams: whether it reads data, and how many residual streams run side by side.
         width, hidden, inner, vocabulary, depth: bytes of a number, and sizes of the model.
+        mask_width: bytes of a position in the mask of a padded batch; 0 for a model that knows none.
     """
 
     model_bytes: int
@@ -96,6 +101,7 @@ class StagePeak:
     inner: int
     vocabulary: int
     depth: int
+    mask_width: int
 
     @classmethod
     def of(cls, anatomy: ModelAnatomy, method: Method[Any, Any], expectation: Expectation) -> StagePeak:
@@ -105,6 +111,7 @@ class StagePeak:
         blocks = [stored_bytes(anatomy.block(index)) for index in range(len(anatomy))]
         solving = max(_solving(anatomy, index, width) for index in range(len(anatomy)))
         everything = count_weights(anatomy)[2]
+        adds = getattr(model.config, "_attn_implementation", None) == "eager"
         return cls(
             model_bytes=everything + expectation.growth_bytes,
             outside_bytes=everything - sum(blocks),
@@ -118,6 +125,8 @@ class StagePeak:
             inner=max(int(getattr(config, "intermediate_size", 0) or 0), hidden),
             vocabulary=int(getattr(config, "vocab_size", 0)),
             depth=len(anatomy),
+            # One that is added to the scores has a number where others have a truth value.
+            mask_width=(width if adds else 1) if model.main_input_name == "input_ids" else 0,
         )
 
     def whole(self, workload: Workload) -> int:
@@ -136,6 +145,8 @@ class StagePeak:
         hidden, width = self.hidden, self.width
         # A batch is in memory twice where it is read from files and written anew.
         held = (self.streams * kept_tokens + 2 * workload.batch_tokens) * hidden * width
+        if workload.padded:
+            held += (kept_tokens + workload.batch_tokens) * workload.sequence_length * self.mask_width
         # Queries to outputs and two norms in float32; the MLP's three products and its inputs again for their sums.
         running = workload.batch_tokens * (hidden * (6 * width + 8) + self.inner * 4 * width)
         if self.expectation.judges:
