@@ -201,3 +201,19 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         plan.require_memory(smaller)
     with pytest.raises(hf_compress.ConfigurationError, match="no smaller calibration would fit"):
         plan.require_memory(2**20)
+
+
+@pytest.mark.parametrize("kinds", ["auto", ["mlp"]])
+def test_each_of_several_processes_holds_more_blocks_and_fewer_tokens(kinds: Any) -> None:
+    config = ModularDecompositionConfig(
+        reduction=0.25, kinds=kinds, calibration=calibration(num_samples=16, batch_size=4)
+    )
+    one, four, many = (
+        hf_compress.plan(make_model("llama"), config, measure_time=False, processes=count) for count in (1, 4, 17)
+    )
+    block = one.block_linear_before // 4 * 4
+    assert four.streamed_memory is not None and one.streamed_memory is not None
+    assert four.streamed_memory_at_least > one.streamed_memory_at_least + (7 if kinds == "auto" else 1) * block
+    assert four.workload == one.workload and four.on_paper().rows == one.on_paper().rows
+    # 16 sequences do not go round 17: one does the work.
+    assert many.streamed_memory == one.streamed_memory and many.peak_memory == one.peak_memory

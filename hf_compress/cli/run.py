@@ -128,7 +128,14 @@ def run(
     import hf_compress
 
     from ..calibration.sources import check_local_data
-    from ..engine.distributed import Processes, process_device, process_state, processes_here, several_processes
+    from ..engine.distributed import (
+        Processes,
+        process_device,
+        process_state,
+        processes_here,
+        processes_started,
+        several_processes,
+    )
     from ..engine.freed import keep_heap_small
     from .loading import is_compressed, load_model, load_processing_class
 
@@ -158,7 +165,13 @@ def run(
         return
     if device_map is None and gguf_file is None and not is_compressed(model, revision):
         planned = hf_compress.plan(
-            model, recipe, calibration=calibration, measure_time=False, dtype=dtype, revision=revision
+            model,
+            recipe,
+            calibration=calibration,
+            measure_time=False,
+            dtype=dtype,
+            processes=processes_started(),
+            revision=revision,
         )
         planned.require_memory(processes=processes_here())
     dense = load_model(

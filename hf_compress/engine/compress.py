@@ -321,7 +321,7 @@ def _survey(method: Method[Any, Any], session: Session, resume: ResumePoint) -> 
     found, shared = processes.once(lambda: resume.decisions), session.is_shared(method)
     surveyed = False
     if found is None and shared and method.surveys_together:
-        own, surveyed = decide(session), True
+        own, surveyed = decide(session), processes.is_main
         found = processes.once(partial(kept, own))
     elif found is None:
         found, surveyed = processes.once(lambda: kept(decide(alone))), processes.is_main

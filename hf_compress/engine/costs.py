@@ -176,11 +176,6 @@ class StageCosts:
     block_bytes: int
     survey: SurveyCosts
 
-    @property
-    def new_block_bytes(self) -> int:
-        """Of the new modules of a block."""
-        return -(-self.result_bytes // max(len(self.tasks), 1))
-
     def solved_in_turn(self, devices: int) -> int:
         """Operations one after the other: in dense order a block a device, in sequential order a task a device."""
         if self.sequential:

@@ -28,7 +28,12 @@ Found = TypeVar("Found")
 
 def several_processes() -> bool:
     """Whether a launcher has started more than one process."""
-    return torch.distributed.is_initialized() or int(get_int_from_env(WORLD_SIZES, 1)) > 1
+    return torch.distributed.is_initialized() or processes_started() > 1
+
+
+def processes_started() -> int:
+    """How many processes a launcher has started, on all machines."""
+    return int(get_int_from_env(WORLD_SIZES, 1))
 
 
 def processes_here() -> int:

@@ -17,7 +17,7 @@ from .weights import count_weights, stored_bytes
 # the last more where the C library may keep it (`freed.keep_heap_small`).
 LIBRARIES, UNRETURNED = 64 * 2**20, 64 * 2**20
 # Allocations that a survey compares at once, and held-out tokens that it does so on.
-CANDIDATES, JUDGED = 5, 4096
+CANDIDATES, JUDGED = 6, 4096
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Workload:
         batch_size: sequences in a batch.
         num_held_out: sequences that choices are made on.
         padded: whether batches may have padding, and with it a mask of positions by positions.
+        processes: that share the work; the numbers of sequences are those of one.
     """
 
     num_samples: int
@@ -36,6 +37,7 @@ class Workload:
     batch_size: int
     num_held_out: int
     padded: bool = False
+    processes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -44,6 +46,13 @@ class Workload:
     @property
     def batch_tokens(self) -> int:
         return self.batch_size * self.sequence_length
+
+    def shared_by(self, processes: int) -> Workload:
+        """What each of some processes has to do; with less than a sequence for each, one does it all."""
+        if not 1 < processes <= self.num_samples:
+            return self
+        samples = -(-self.num_samples // processes)
+        return replace(self, num_samples=samples, batch_size=min(self.batch_size, samples), processes=processes)
 
     def smaller(self) -> Iterator[Workload]:
         """The same data in smaller batches, then fewer of them."""
@@ -84,7 +93,8 @@ class StagePeak:
             take beyond their tensors.
         solving: what solving a block takes.
         expectation: what the method says of itself.
-        needs_calibration, streams: whether it reads data, and how many residual streams run side by side.
+        needs_calibration, spreads: whether it reads data, and whether several processes share that.
+        streams: how many residual streams run side by side: in sequential order two.
         width, hidden, inner, vocabulary, depth: bytes of a number, and sizes of the model.
         mask_width: bytes of a position in the mask of a padded batch; 0 for a model that knows none.
     """
@@ -95,6 +105,7 @@ class StagePeak:
     solving: int
     expectation: Expectation
     needs_calibration: bool
+    spreads: bool
     streams: int
     width: int
     hidden: int
@@ -119,6 +130,7 @@ class StagePeak:
             solving=solving + expectation.statistics_bytes,
             expectation=expectation,
             needs_calibration=method.needs_calibration,
+            spreads=method.spreads,
             streams=(2 if method.sequential else 1) if method.collects else 0,
             width=width,
             hidden=hidden,
@@ -131,12 +143,24 @@ class StagePeak:
 
     def whole(self, workload: Workload) -> int:
         """With the model in memory."""
-        return self.model_bytes + LIBRARIES + UNRETURNED + self._work(workload, workload.tokens)
+        beside = self._work(workload, workload.tokens) + self._waiting(workload)
+        return self.model_bytes + LIBRARIES + UNRETURNED + beside
 
     def streamed(self, workload: Workload, *, in_files: bool) -> int:
         """With one block in memory at a time; the residual stream in memory or in files."""
         tokens = 0 if in_files else workload.tokens
-        return self.outside_bytes + self.block_bytes + LIBRARIES + self._work(workload, tokens)
+        waiting = self._waiting(workload)
+        # While it is solved, or what was made of it is put in place, the block that ran last is there as well.
+        blocks = self.block_bytes * (2 if waiting else 1)
+        return self.outside_bytes + blocks + LIBRARIES + self._work(workload, tokens) + waiting
+
+    def _waiting(self, workload: Workload) -> int:
+        """Of several processes: the sums of a process's own block while those of the others' are gathered, or all new
+        modules that a survey tries for it."""
+        if workload.processes == 1 or not self.spreads:
+            return 0
+        ways = CANDIDATES * self.block_bytes if self.expectation.judges else 0
+        return max(ways, self.expectation.sums_bytes if self.streams == 1 else 0)
 
     def _work(self, workload: Workload, kept_tokens: int) -> int:
         """What stands beside the model."""

@@ -192,6 +192,7 @@ def plan(
     calibration: CalibrationConfig | Any = None,
     measure_time: bool | None = None,
     dtype: str | torch.dtype = "auto",
+    processes: int = 1,
     **load_arguments: Any,
 ) -> CompressionPlan:
     """Sizes, memory and time before a run, without the model's weights and without data.
@@ -206,6 +207,7 @@ def plan(
         measure_time: rehearse on two blocks of random weights to tell the time. By default where blocks are so small
             that this takes seconds.
         dtype: what an id or path will be loaded in; by default the checkpoint's own.
+        processes: that work together; memory is that of one.
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
@@ -219,6 +221,7 @@ def plan(
     skeleton, dense = _skeletons(model, dtype, load_arguments)
     anatomy = resolve_anatomy(skeleton)
     workload = Workload.of(recipe, calibration)
+    own = workload.shared_by(processes)
     before = count_weights(anatomy)
     slack, peaks, streams = 0, list[StagePeak](), True
     for stage in recipe.stages:
@@ -249,9 +252,9 @@ def plan(
         bytes_before=before[2],
         bytes_on_disk=after[2],
         bytes_at_most=after[2] + slack,
-        peak_memory=peak_for(workload),
-        streamed_memory=streamed_for(workload) if streams else None,
-        streamed_memory_at_least=max(peak.streamed(workload, in_files=True) for peak in peaks) if streams else None,
+        peak_memory=peak_for(own),
+        streamed_memory=streamed_for(own) if streams else None,
+        streamed_memory_at_least=max(peak.streamed(own, in_files=True) for peak in peaks) if streams else None,
         seconds=seconds,
         workload=workload,
         peak_for=peak_for,

@@ -40,9 +40,9 @@ class _TimedSession(Session):
     marks: list[float] = field(default_factory=list)
     looped: float = 0.0
 
-    def progress(self, items: range, description: str) -> Iterator[int]:
+    def progress(self, items: range, description: str, *, together: bool = False) -> Iterator[int]:
         began = time.perf_counter()
-        for item in super().progress(items, description):
+        for item in super().progress(items, description, together=together):
             if description == "compress":
                 self.marks.append(time.perf_counter())
             yield item

@@ -310,18 +310,10 @@ def _row(
     whole: Peak,
     by_block: Peak | None,
 ) -> PaperRow:
-    # With less than a sequence for each, one process does the work of all.
-    sharing = devices if devices <= workload.num_samples else 1
-    samples = -(-workload.num_samples // sharing)
-    own = replace(workload, num_samples=samples, batch_size=min(workload.batch_size, samples))
-    # While the others' sums are collected, a process keeps those of the block that it will solve.
-    kept = max((max(stage.sum_bytes) for stage in stages if not stage.sequential), default=0)
-    # Or all new modules that the probes make of that block.
-    kept = max(kept, *(max(stage.survey.allocations, default=0) * stage.new_block_bytes for stage in stages))
-    kept = kept if sharing > 1 else 0
-    memory, streamed = whole(own) + kept, False
+    own = workload.shared_by(devices)
+    sharing, memory, streamed = own.processes, whole(own), False
     if memory > hardware.memory and by_block is not None:
-        memory, streamed = by_block(own) + kept, True
+        memory, streamed = by_block(own), True
     rates = {
         "forward_flops": hardware.forward_flops * hardware.forward_share,
         "statistics_flops": hardware.gram_flops * hardware.gram_share,

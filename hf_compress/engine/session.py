@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,18 +53,31 @@ class Session:
     left_alone: list[str] = field(default_factory=list)
     replaced_pages: list[tuple[int, int]] = field(default_factory=list)
 
-    def progress(self, items: range, description: str) -> Iterator[int]:
+    def progress(self, items: range, description: str, *, together: bool = False) -> Iterator[int]:
         """The blocks in turn, each in memory as long as it is the turn, with a progress bar on the first process. What
-        a block has freed goes back to the system."""
+        a block has freed goes back to the system.
+
+        Args:
+            together: whether all processes go through the blocks side by side: then a block that one of them cannot
+                read is an error on all.
+        """
         hidden = None if self.processes.is_main else True
         for item in tqdm(items, desc=description, unit="block", leave=False, disable=hidden):
-            with self.resident(item):
+            with self.resident_on_all(item) if together else self.resident(item):
                 yield item
             return_freed_memory()
 
     def resident(self, block: int) -> AbstractContextManager[None]:
         """Within the context a block is in memory, though it may be offloaded."""
         return nullcontext() if self.residency is None else self.residency.resident(block)
+
+    @contextmanager
+    def resident_on_all(self, block: int) -> Iterator[None]:
+        """`resident`, entered by all processes or by none."""
+        with ExitStack() as stack:
+            if self.residency is not None:
+                self.processes.each(lambda: stack.enter_context(self.resident(block)))
+            yield
 
     def own_batches(self) -> list[Batch]:
         """This process's part of the calibration data: every sequence in its turn."""
@@ -91,6 +104,7 @@ class Expectation:
         layout: entries as `layout_of` will give them. Where data decides on sizes, of the same total.
         largest_gram: side of the largest matrix of statistics; fewer calibration tokens leave it singular.
         statistics_bytes: of one block at a time, with the solver's copies.
+        sums_bytes: of what processes add up for one block.
         growth_bytes: what the new modules take in memory beyond the layout's tensors.
         gradient_tokens: tokens of a pass through the whole model that keeps its activations for gradients.
         judges: whether the loss of held-out sequences is measured.
@@ -100,6 +114,7 @@ class Expectation:
     layout: list[dict[str, Any]] = field(default_factory=list)
     largest_gram: int = 0
     statistics_bytes: int = 0
+    sums_bytes: int = 0
     growth_bytes: int = 0
     gradient_tokens: int = 0
     judges: bool = False

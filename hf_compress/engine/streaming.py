@@ -75,7 +75,7 @@ def compress_checkpoint(
     target = Path(out).resolve()
     asked = _Asked(model, target, calibration, working_directory, max_memory, keep_activations, dtype, load_arguments)
     with Processes.of_launcher() as processes:
-        start = processes.together(lambda: _checked(asked, config))
+        start = processes.together(lambda: _checked(asked, config, processes.size))
         # What is in memory already may differ, and what is done then has to be the same.
         taken = max(processes.each(lambda: int(psutil.Process().memory_info().rss)))
         on_disk = processes.together(lambda: _spills(asked, start, taken))
@@ -120,7 +120,7 @@ class _Start:
     planned: CompressionPlan | None
 
 
-def _checked(asked: _Asked, config: Any) -> _Start:
+def _checked(asked: _Asked, config: Any, processes: int) -> _Start:
     recipe = CompressionConfig.wrap(config)
     check_output(asked.target)
     check_working_directory(asked.working_directory, asked.target)
@@ -136,7 +136,7 @@ def _checked(asked: _Asked, config: Any) -> _Start:
             )
     planned = None
     if asked.max_memory is not None:
-        planned = plan(skeleton, recipe, calibration=asked.calibration, measure_time=False)
+        planned = plan(skeleton, recipe, calibration=asked.calibration, measure_time=False, processes=processes)
     asked.target.parent.mkdir(parents=True, exist_ok=True)
     return _Start(recipe, anatomy, planned)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -63,7 +63,7 @@ class _Walk:
             stream = session.stream(stream.batches)
         start = _take_up(self.resume, pending[0], stream, dense) if pending else 0
         waiting: dict[int, Any] = {}
-        for block in session.progress(range(len(self.anatomy)), "compress"):
+        for block in session.progress(range(len(self.anatomy)), "compress", together=True):
             dense_outputs: Activations | None = None
             if start <= block <= last_pending and dense is not None:
                 dense.advance(block, check=False)
@@ -147,7 +147,7 @@ class _Walk:
             rank, size = self.processes.rank, self.processes.size
             for block, statistics in waiting.items():
                 if statistics is not None:
-                    with self._in_memory(block, present):
+                    with nullcontext() if block == present else self.session.resident(block):
                         tasks = list(enumerate(self.method.tasks(block, statistics)))
                         for number, task in tasks[rank::size] if self.method.sequential else tasks:
                             own[block, number] = task()
@@ -158,7 +158,7 @@ class _Walk:
             pieces = exchange(
                 self.processes, {key: own.pop(key) for key in list(own) if key[0] == block}, self.anatomy.model
             )
-            with self._in_memory(block, present):
+            with nullcontext() if block == present else self.session.resident_on_all(block):
                 self._keep(block, self._placed(lambda: merged(pieces[key]() for key in sorted(pieces))))  # noqa: B023
 
     def _placed(self, made: Callable[[], BlockResult]) -> BlockResult:
@@ -170,9 +170,6 @@ class _Walk:
             return result
 
         return self.processes.together(work)
-
-    def _in_memory(self, block: int, present: int) -> AbstractContextManager[None]:
-        return nullcontext() if block == present else self.session.resident(block)
 
     def _load(self, block: int) -> None:
         """Put the result of an earlier run in place."""

@@ -124,12 +124,21 @@ def compress_model(family: str, stages: list[dict[str, Any]], dtype: str, option
     }
 
 
-def compress_on_little(tokens: int) -> dict[str, Any]:
-    """`compress_model`, where the survey looks at so few tokens that most processes have none of them."""
+def compress_on_little(family: str, tokens: int) -> dict[str, Any]:
+    """A model of `families.py`, where the survey looks at so few tokens that most processes have none of them."""
+    import families
+    import torch
+
+    import hf_compress
     from hf_compress.methods.modular import method, trial
 
     trial.TRIAL_TOKENS = method.INFLUENCE_TOKENS = tokens
-    return compress_model("llama", [{"method": "modular_decomposition", "reduction": 0.25}], "float64", {})
+    model = families.make(family, torch.float64)
+    source = families.calibration(family, 20).model_copy(update={"num_samples": 12, "num_held_out": 8})
+    config = hf_compress.ModularDecompositionConfig(reduction=0.2, calibration=source)
+    hf_compress.compress(model, config)
+    state = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    return {"state": state, "notes": model.compression_report.notes}
 
 
 def compress_encoder() -> dict[str, Any]:
@@ -219,6 +228,28 @@ def compress_files(checkpoint: str, out: str, work: str | None, stages: list[dic
         checkpoint, out, {"stages": stages}, calibration=calibration(), working_directory=work, device="cpu"
     )
     return "done"
+
+
+def compress_where_reading_fails(checkpoint: str, out: str, rank: int, time_it_fails: int) -> str:
+    """`compress_checkpoint`, where one process cannot read a block for the n-th time that it has to."""
+    from conftest import calibration
+
+    import hf_compress
+    from hf_compress.engine.residency import Residency
+
+    fetch, seen = Residency._fetch, []
+
+    def failing(self: Any, block: int) -> Any:
+        if block == 1 and int(os.environ["RANK"]) == rank:
+            seen.append(block)
+            if len(seen) == time_it_fails:
+                raise hf_compress.CheckpointError("the weight cannot be read")
+        return fetch(self, block)
+
+    Residency._fetch = failing  # type: ignore[method-assign]
+    stages = [{"method": "modular_decomposition", "reduction": 0.25}]
+    hf_compress.compress_checkpoint(checkpoint, out, {"stages": stages}, calibration=calibration(), device="cpu")
+    return "no error"
 
 
 def folder_names(folder: str) -> list[str]:

@@ -87,15 +87,27 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
 
     def expect(self) -> Expectation:
         layout, slack = expected_layout(self.config, self.anatomy, [*itertools.chain(*self.parts), *self.outside])
-        modules = [self.anatomy.model.get_submodule(p.path) for p in itertools.chain(*self.parts, self.outside)]
-        experts = [found for found in map(Experts.of, modules) if found is not None]
-        widths = [dense_rows(module).shape[1] for module in modules if Experts.of(module) is None]
-        width = max([*widths, *(max(found.width, found.hidden) for found in experts)])
-        # The Gram, its inverse's factor and the solver's copy; of experts, those of all.
-        sums = max((found.count * 8 * (found.width**2 + found.hidden**2) for found in experts), default=0)
-        statistics = 3 * 8 * width**2 + sums if self.needs_calibration else 0
+        get = self.anatomy.model.get_submodule
+        experts = [found for part in itertools.chain(*self.parts) if (found := Experts.of(get(part.path))) is not None]
+        # Of the dense matrices; a block may have none.
+        widths = [
+            [dense_rows(get(part.path)).shape[1] for part in parts if Experts.of(get(part.path)) is None]
+            for parts in (*self.parts, self.outside)
+        ]
+        width = max([*itertools.chain(*widths), *(max(found.width, found.hidden) for found in experts)])
         gradients = GRADIENT_TOKENS if self.config.average_bits is not None else 0
-        return Expectation(layout, width, statistics, gradient_tokens=gradients, slack_bytes=slack)
+        if not self.needs_calibration:
+            return Expectation(layout, width, gradient_tokens=gradients, slack_bytes=slack)
+        of_experts = max((found.count * 8 * (found.width**2 + found.hidden**2) for found in experts), default=0)
+        return Expectation(
+            layout,
+            width,
+            # The Gram, its inverse's factor and the solver's copy; of experts, those of all.
+            statistics_bytes=3 * 8 * width**2 + of_experts,
+            sums_bytes=8 * max(sum(n**2 for n in own) for own in widths) + of_experts,
+            gradient_tokens=gradients,
+            slack_bytes=slack,
+        )
 
     def survey(self, session: Session) -> None:
         session.left_alone.extend(self.left_alone)

@@ -139,6 +139,7 @@ class ModularDecomposition(Method[ModularDecompositionConfig, BlockStatistics]):
             layout_for_sizes(self.anatomy, geometry, sizes),
             largest_gram=width,
             statistics_bytes=(several + 3) * held,
+            sums_bytes=max(several, 1) * held,
             judges=judges,
             slack_bytes=slack,
         )
@@ -335,6 +336,8 @@ def block_influence(session: Session) -> torch.Tensor:
     def sums() -> list[tuple[float, int]]:
         """The distances and how many they are, over the sequences of this process."""
         batches = every_nth(take_tokens(session.batches, INFLUENCE_TOKENS), processes.rank, processes.size)
+        if not batches:
+            return [(0.0, 0)] * len(blocks)
         stream, found = session.stream(batches), []
         for block in session.progress(blocks, "survey"):
             stream.come_to(block)

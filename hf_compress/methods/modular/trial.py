@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 from ...anatomy import ModelAnatomy
@@ -85,7 +85,7 @@ class _Trial:
     def run(self) -> list[float]:
         waiting: dict[int, BlockStatistics | None] = {}
         description = f"trial of {len(self.streams)} allocations"
-        for block in self.session.progress(range(len(self.anatomy)), description):
+        for block in self.session.progress(range(len(self.anatomy)), description, together=True):
             waiting[block] = self._summed(block, owner=len(waiting))
             if len(waiting) == self.processes.size or block == len(self.anatomy) - 1:
                 self._advance_together(waiting, block)
@@ -119,13 +119,13 @@ class _Trial:
         def solve() -> None:
             for block, statistics in waiting.items():
                 if statistics is not None:
-                    with self._in_memory(block, present):
+                    with nullcontext() if block == present else self.session.resident(block):
                         own.update({(block, way): self._solved(block, way, statistics) for way in self._ways(block)})
 
         if self.processes.size > 1:
             self.processes.each(solve)
         for block, statistics in waiting.items():
-            with self._in_memory(block, present):
+            with nullcontext() if block == present else self.session.resident_on_all(block):
                 for way in self._ways(block):
                     # One after the other: nobody holds more of them than it has solved.
                     if self.processes.size > 1:
@@ -150,9 +150,6 @@ class _Trial:
             for stream, taken in zip(self.streams, self.taken[block], strict=True):
                 if taken == way:
                     stream.advance(block)
-
-    def _in_memory(self, block: int, present: int) -> AbstractContextManager[None]:
-        return nullcontext() if block == present else self.session.resident(block)
 
     def _judged(self, stream: BlockStream) -> Parts:
         if self.dense is None:
