@@ -2,13 +2,15 @@
 
     python tests/benchmarks/modular_speed.py --model MODEL --calibration valid.txt --reduction 0.1 0.3
 
-For every reduction and dtype: prompt tokens/s (512 tokens, logits of the last position) and generated tokens/s as
-medians of paired runs, their ratio to dense, and what the compression added to the peak of resident memory.
+For every reduction, dtype and length of the prompt: prompt tokens/s (logits of the last position) and tokens/s of 64
+generated after it, as medians of paired runs, their ratio to dense, and what the compression added to the peak of
+resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import threading
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--reduction", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--kinds", nargs="+", default=["auto"])
     parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--prompt-length", type=int, nargs="+", default=[512])
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -78,15 +81,15 @@ def main() -> None:
         with PeakMemory() as memory:
             hf_compress.compress(model, config)
         seconds = time.perf_counter() - began
-        for dtype in (torch.bfloat16, torch.float32):
-            speed = measure_speed(
-                {"dense": load(dtype), "compressed": model.to(dtype)}, repeats=arguments.repeats, new_tokens=64
-            )
+        for dtype, length in itertools.product((torch.bfloat16, torch.float32), arguments.prompt_length):
+            models = {"dense": load(dtype), "compressed": model.to(dtype)}
+            speed = measure_speed(models, prompt_length=length, repeats=arguments.repeats, new_tokens=64)
             print(
                 json.dumps(
                     {
                         "reduction": reduction,
                         "dtype": str(dtype).removeprefix("torch."),
+                        "prompt_length": length,
                         "prompt_ratio": round(speed["compressed"].prompt_ratio, 3),
                         "generated_ratio": round(speed["compressed"].generated_ratio, 3),
                         "prompt_tokens_per_second": round(speed["compressed"].prompt_tokens_per_second, 1),
