@@ -69,6 +69,7 @@ class CompressionPlan:
         streamed_memory_at_least: the same with the hidden states of the calibration data in files.
         seconds: of the compression on this machine, loading and saving left out; `None` if it was not measured.
         workload: how much it is calibrated on.
+        processes: that work together; memory is that of each.
         peak_for, streamed_for: the peak memory for another workload, with the whole model and block by block.
         count: the operations and bytes of the stages.
     """
@@ -86,6 +87,7 @@ class CompressionPlan:
     streamed_memory_at_least: int | None
     seconds: float | None
     workload: Workload
+    processes: int
     peak_for: Callable[[Workload], int] = field(repr=False, compare=False)
     streamed_for: Callable[[Workload], int] | None = field(repr=False, compare=False)
     count: Callable[[], Sequence[StageCosts]] = field(repr=False, compare=False)
@@ -130,10 +132,11 @@ class CompressionPlan:
 
     def _what_fits(self, free: int) -> str:
         for workload in self.workload.smaller():
-            if self.peak_for(workload) <= free:
+            peak = self.peak_for(workload.shared_by(self.processes))
+            if peak <= free:
                 return (
                     f"num_samples={workload.num_samples} and batch_size={workload.batch_size} would take "
-                    f"{self.peak_for(workload) / 2**30:.2f} GiB."
+                    f"{peak / 2**30:.2f} GiB."
                 )
         if self.streamed_memory_at_least is not None and self.streamed_memory_at_least <= free:
             return (
@@ -207,7 +210,7 @@ def plan(
         measure_time: rehearse on two blocks of random weights to tell the time. By default where blocks are so small
             that this takes seconds.
         dtype: what an id or path will be loaded in; by default the checkpoint's own.
-        processes: that work together; memory is that of one.
+        processes: that work together; memory is that of one of them, time that of one alone.
         load_arguments: `revision`, `token`, `cache_dir`, … for reading the config.
 
     Raises:
@@ -257,6 +260,7 @@ def plan(
         streamed_memory_at_least=max(peak.streamed(own, in_files=True) for peak in peaks) if streams else None,
         seconds=seconds,
         workload=workload,
+        processes=processes,
         peak_for=peak_for,
         streamed_for=streamed_for if streams else None,
         count=lambda: count_costs(_meta_copy(dense), recipe, workload),
