@@ -63,7 +63,7 @@ class StopAfter(TrainerCallback):
         self.end = time.monotonic() + seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = time.monotonic() > self.end
+        control.should_training_stop |= time.monotonic() > self.end
 
 
 def main() -> None:
