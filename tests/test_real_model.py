@@ -36,9 +36,9 @@ def texts(directory: Path) -> tuple[CalibrationConfig, torch.Tensor]:
         [tokenizer.decode(tokenizer("\n\n".join(calibration))["input_ids"][: 60 * CONTEXT])],
         num_samples=12,
         sequence_length=CONTEXT,
-        num_held_out=2,
+        num_held_out=4,
     )
-    ids = torch.tensor(tokenizer("\n\n".join(evaluation), verbose=False)["input_ids"][: 6 * CONTEXT])
+    ids = torch.tensor(tokenizer("\n\n".join(evaluation), verbose=False)["input_ids"][: 8 * CONTEXT])
     return source, ids
 
 
@@ -91,17 +91,14 @@ def test_a_fifth_less_costs_a_bounded_perplexity(
 
 
 def test_the_channel_score_beats_the_papers(directory: Path, texts: Any, dense_perplexity: float) -> None:
-    """On text that was not calibrated on; with all layers measured 33.4 against 37.0, dense 22.2. Here for the time it
-    takes a third of them."""
-    dense = [f"layers.{layer}" for layer in range(10, 30)]
+    """On text that was not calibrated on; measured 33.4 against 37.0, dense 22.2."""
+    source = texts[0].model_copy(update={"num_samples": 24})
 
     def run(**fields: Any) -> float:
-        config = ModularDecompositionConfig(
-            reduction=0.1, kinds=["mlp"], modules_to_not_convert=dense, calibration=texts[0], **fields
-        )
+        config = ModularDecompositionConfig(reduction=0.3, kinds=["mlp"], calibration=source, **fields)
         return perplexity(load(directory, compression_config=config), texts[1], context=CONTEXT).perplexity
 
-    assert dense_perplexity < run() < 0.985 * run(channel_score="ridge_leverage")  # measured 28.7 against 29.7
+    assert dense_perplexity < run() < 0.97 * run(channel_score="ridge_leverage")
 
 
 def test_three_bits_cost_a_bounded_perplexity(

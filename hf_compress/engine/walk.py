@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -75,7 +74,7 @@ class _Walk:
             elif self.shared:
                 waiting[block] = self._summed(block, stream, dense_outputs, owner=len(waiting))
                 if len(waiting) == self.group or block == unfinished[-1]:
-                    self._compress_together(waiting, block)
+                    self._compress_together(waiting)
                     waiting.clear()
             else:
                 self._compress(block, stream, dense_outputs)
@@ -139,15 +138,15 @@ class _Walk:
         )
         return statistics if everyone or owner == self.processes.rank else None
 
-    def _compress_together(self, waiting: dict[int, Any], present: int) -> None:
-        """On all processes: solve the blocks that wait, and put the results in place. `present` is in memory."""
+    def _compress_together(self, waiting: dict[int, Any]) -> None:
+        """On all processes: solve the blocks that wait, and put the results in place."""
         own: dict[tuple[int, int], BlockResult] = {}
 
         def work() -> None:
             rank, size = self.processes.rank, self.processes.size
             for block, statistics in waiting.items():
                 if statistics is not None:
-                    with nullcontext() if block == present else self.session.resident(block):
+                    with self.session.resident(block):
                         tasks = list(enumerate(self.method.tasks(block, statistics)))
                         for number, task in tasks[rank::size] if self.method.sequential else tasks:
                             own[block, number] = task()
@@ -158,7 +157,7 @@ class _Walk:
             pieces = exchange(
                 self.processes, {key: own.pop(key) for key in list(own) if key[0] == block}, self.anatomy.model
             )
-            with nullcontext() if block == present else self.session.resident_on_all(block):
+            with self.session.resident_on_all(block):
                 self._keep(block, self._placed(lambda: merged(pieces[key]() for key in sorted(pieces))))  # noqa: B023
 
     def _placed(self, made: Callable[[], BlockResult]) -> BlockResult:

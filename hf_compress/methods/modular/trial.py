@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 from ...anatomy import ModelAnatomy
@@ -88,7 +87,7 @@ class _Trial:
         for block in self.session.progress(range(len(self.anatomy)), description, together=True):
             waiting[block] = self._summed(block, owner=len(waiting))
             if len(waiting) == self.processes.size or block == len(self.anatomy) - 1:
-                self._advance_together(waiting, block)
+                self._advance_together(waiting)
                 waiting.clear()
         measured = self.processes.each(lambda: [self._judged(stream) for stream in self.streams])
         losses = [list(parts) for parts in zip(*measured, strict=True)]
@@ -111,21 +110,20 @@ class _Trial:
         statistics = added_up(self.processes, collected, BlockStatistics.sums, owner)
         return statistics if owner == self.processes.rank else None
 
-    def _advance_together(self, waiting: dict[int, BlockStatistics | None], present: int) -> None:
-        """Solve the blocks that wait, each on its process, and take all streams through them. `present` is in
-        memory."""
+    def _advance_together(self, waiting: dict[int, BlockStatistics | None]) -> None:
+        """Solve the blocks that wait, each on its process, and take all streams through them."""
         own: dict[Way, BlockResult] = {}
 
         def solve() -> None:
             for block, statistics in waiting.items():
                 if statistics is not None:
-                    with nullcontext() if block == present else self.session.resident(block):
+                    with self.session.resident(block):
                         own.update({(block, way): self._solved(block, way, statistics) for way in self._ways(block)})
 
         if self.processes.size > 1:
             self.processes.each(solve)
         for block, statistics in waiting.items():
-            with nullcontext() if block == present else self.session.resident_on_all(block):
+            with self.session.resident_on_all(block):
                 for way in self._ways(block):
                     # One after the other: nobody holds more of them than it has solved.
                     if self.processes.size > 1:
