@@ -5,9 +5,10 @@
     python examples/pretrain_shared.py --text train.txt --held-out test.txt --out runs/native-6 --layers 6
 
 The first two make the same model of 12 loops, with random step sizes in training and without; the third is a model of
-6 layers that shares its block as well, for comparison. Bytes are tokens, so that the head costs little. An interrupted
-run goes on where it stopped. At the end a JSON line for every number of iterations: loss on held-out text in nats a
-byte, scaled steps beside plain truncation and the Adams-Bashforth solver, and milliseconds of a forward pass.
+6 layers that shares its block as well, for comparison. Bytes are tokens, so that the head costs little. Text may come
+from several files. An interrupted run goes on where it stopped. At the end a JSON line for every number of iterations:
+loss on held-out text in nats a byte, scaled steps beside plain truncation and the Adams-Bashforth solver, and
+milliseconds of a forward pass.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from hf_compress.methods.sharing.stepping import Schedule, running_blocks
 
 MASK = 256  # the token after the bytes
 MASKED_SHARE = 0.15
+HELD_OUT_ROWS = 256
 
 
 def make_model(architecture: str, layers: int, width: int, length: int) -> Any:
@@ -66,8 +68,9 @@ def make_model(architecture: str, layers: int, width: int, length: int) -> Any:
     return hf_compress.compress(LlamaForCausalLM(config), LayerSharingConfig(unique_layers=1, share_norms=True))
 
 
-def rows_of(path: Path, length: int) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
+def rows_of(paths: list[Path], length: int) -> torch.Tensor:
+    """The bytes of some files in rows: (rows, length)."""
+    data = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8).long()
     return data[: len(data) // length * length].view(-1, length)
 
 
@@ -102,7 +105,9 @@ def milliseconds(model: Any, ids: torch.Tensor, repeats: int = 7) -> float:
 def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
     set_seed(0)
     collate = collator(architecture)
-    batches = [collate(list(part)) for part in rows[:64].split(16)]
+    # From all over the files.
+    rows = rows[:: max(len(rows) // HELD_OUT_ROWS, 1)][:HELD_OUT_ROWS]
+    batches = [collate(list(part)) for part in rows.split(16)]
     running = running_blocks(model)
     depth = running.depth
     for share in (1.0, 0.75, 2 / 3, 0.5, 1 / 3, 0.25):
@@ -123,8 +128,8 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--architecture", choices=["decoder", "encoder"], default="decoder")
     parser.add_argument("--layers", type=int, default=12)

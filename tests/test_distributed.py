@@ -42,7 +42,11 @@ RECIPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], bool]] = {
     "probes": ([{**MODULAR, "temperature": "auto"}], {}, True),
     "search": ([{**MODULAR, "kinds": ["mlp"], "allocation": "search", "search_minutes": 60}], {}, True),
     "portable": ([{**MODULAR, "portable": True}], {}, True),
-    "codebook": ([{"method": "codebook", "bits": 3}], {"num_samples": 19, "batch_size": 5}, True),
+    "codebook": (
+        [{"method": "codebook", "bits": 3, "reorder_channels": True}],
+        {"num_samples": 19, "batch_size": 5},
+        True,
+    ),
     "mixed bits": ([{"method": "codebook", "bits": "auto", "average_bits": 2.5, "order": "dense"}], {}, True),
     "Wanda": ([{"method": "pruning", "sparsity": 0.5, "criterion": "wanda"}], {}, True),
     "stacked": (

@@ -109,6 +109,19 @@ def test_wide_row_codebook_and_scales_that_spread(kernel: str) -> None:
     assert_product(codebook_linear(x, wide), x, case.weight)
 
 
+@pytest.mark.parametrize("rows", [64, 65, 70])
+@pytest.mark.parametrize("bits", BITS)
+def test_codebooks_in_turn_are_those_of_an_index(kernel: str, bits: int, rows: int) -> None:
+    case = make_case(bits, 576, rows=rows, codebooks=5, scales="uint8")
+    index = (torch.arange(rows) // -(-rows // 5)).short()
+    chosen, in_turn = case.matrix._replace(row_codebook=index), case.matrix._replace(row_codebook=None)
+    assert torch.equal(dequantize(in_turn, torch.float32), dequantize(chosen, torch.float32))
+    assert torch.equal(dequantize(in_turn, torch.float32, 20, 50), dequantize(chosen, torch.float32, 20, 50))
+    for count in (1, 3, 40):
+        x = random(count, 576)
+        assert torch.equal(codebook_linear(x, in_turn), codebook_linear(x, chosen))
+
+
 @pytest.mark.parametrize("columns", [*COLUMNS, 1])
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_survive_packing(bits: int, columns: int) -> None:
@@ -238,7 +251,11 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], Tensor, str]]:
         "uint8 scales": ({"scales": torch.zeros(ROWS, 4, dtype=torch.uint8)}, x, "`scales` must have shape"),
         "row_scales": ({"row_scales": torch.zeros(ROWS).half()}, x, "`scales` must have shape"),
         "row_codebook": ({"row_codebook": torch.zeros(ROWS, dtype=torch.int64)}, x, "dtype int16 or int32"),
-        "no row_codebook": ({"row_codebook": None}, x, "3 codebooks and no `row_codebook`"),
+        "codebooks without rows": (
+            {"codebooks": torch.zeros(ROWS + 1, 8).half(), "row_codebook": None},
+            x,
+            f"{ROWS + 1} codebooks for {ROWS} rows, and no `row_codebook`",
+        ),
         "strides": ({"codebooks": torch.zeros(8, 3).half().T}, x, "`codebooks` must be contiguous"),
         "device": ({"codebooks": torch.zeros(3, 8, device="meta").half()}, x, "`codebooks` is on meta"),
         "features": ({}, random(2, 96), "last dimension is 100"),

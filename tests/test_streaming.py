@@ -48,7 +48,9 @@ RECIPES: dict[str, Any] = {
         bits={"mlp": 2, "query_key": 1.58, "embedding": 4}, calibration=calibration()
     ),
     "codebook, no data": lambda: CodebookConfig(bits=4, learning="none"),
-    "codebook, tuned": lambda: CodebookConfig(bits=2, block_epochs=1, calibration=calibration()),
+    "codebook, tuned": lambda: CodebookConfig(
+        bits=2, block_epochs=1, reorder_channels=True, calibration=calibration()
+    ),
     "wanda": lambda: PruningConfig(sparsity=0.5, criterion="wanda", calibration=calibration()),
     "stack": lambda: CompressionConfig(
         stages=[recipe(calibration=None), CodebookConfig(bits=3)], calibration=calibration()

@@ -19,7 +19,7 @@ from ..errors import CompressionError, ConfigurationError
 # Environment variable that names the kernel to use: one of `available_kernels()`, or "auto".
 VARIABLE = "HF_COMPRESS_KERNEL"
 # HFC_VERSION of csrc/codebook.h.
-VERSION = 2
+VERSION = 3
 # Numbers of the instruction sets in csrc/codebook.c, fastest first.
 _INSTRUCTION_SETS = {"avx512": 3, "avx2": 2, "neon": 1, "scalar": 0}
 # For each number of bits, up to how many rows of x multiplying with the codes is faster than writing out tiles of the
@@ -52,7 +52,8 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "codebooks", "scales", "row_scales", "row_codebook")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "units", "groups", "group_units", "codebook_count")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "units", "groups", "group_units")),
+        *((name, ctypes.c_int64) for name in ("codebook_count", "codebook_rows")),
         *((name, ctypes.c_int32) for name in ("bits", "codebook_type", "scale_type", "row_scale_type", "index_bytes")),
     )
 

@@ -8,7 +8,7 @@ from ctypes import addressof
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from ..errors import ConfigurationError
@@ -29,7 +29,8 @@ class CodebookMatrix(NamedTuple):
         columns: columns of W.
         column_group: columns that share a scale: a multiple of 32, or all of them.
         row_scales: shape (rows,); the scale of a group is then its uint8 times this.
-        row_codebook: shape (rows,), int16 or int32, the codebook of each row; `None` where there is one codebook.
+        row_codebook: shape (rows,), int16 or int32, the codebook of each row; `None` where there is one codebook, or
+            each serves `codebook_rows` rows that follow each other.
     """
 
     packed: Int32[Tensor, "rows words"]
@@ -44,6 +45,22 @@ class CodebookMatrix(NamedTuple):
     @property
     def rows(self) -> int:
         return self.packed.shape[0]
+
+    @property
+    def codebook_rows(self) -> int:
+        """Rows that follow each other and share a codebook, where no `row_codebook` chooses."""
+        return rows_in_turn(self.rows, self.codebooks.shape[0])
+
+    def books_of(self, rows: Int64[Tensor, " some"]) -> Tensor | None:
+        """The codebooks of some rows; `None` where there is one for all."""
+        if self.row_codebook is not None:
+            return self.row_codebook.index_select(0, rows)
+        return None if self.codebooks.shape[0] == 1 else rows // self.codebook_rows
+
+
+def rows_in_turn(rows: int, books: int) -> int:
+    """How many rows each of some codebooks serves, where they take turns."""
+    return max(-(-rows // books), 1)
 
 
 def check_structure(matrix: CodebookMatrix) -> None:
@@ -62,8 +79,10 @@ def check_structure(matrix: CodebookMatrix) -> None:
         _check("row_scales", row_scales, (rows,), _FLOATS, packed)
     if row_codebook is not None:
         _check("row_codebook", row_codebook, (rows,), (torch.int16, torch.int32), packed)
-    elif codebooks.shape[0] != 1:
-        raise ConfigurationError(f"there are {codebooks.shape[0]} codebooks and no `row_codebook` that chooses.")
+    elif codebooks.shape[0] > max(rows, 1):
+        raise ConfigurationError(
+            f"there are {codebooks.shape[0]} codebooks for {rows} rows, and no `row_codebook` that chooses."
+        )
 
 
 def check_matrix(matrix: CodebookMatrix) -> None:
@@ -117,6 +136,7 @@ class Prepared:
             scales.shape[1],
             -(-min(column_group, columns) // UNIT),
             codebooks.shape[0],
+            matrix.codebook_rows,
             bits,
             TYPES[codebooks.dtype],
             TYPES[scales.dtype],

@@ -99,7 +99,7 @@ def table_gradients(
         float32 tensors of the shapes in the matrix. uint8 scales have no gradient, and row scales that are not there
         neither: then the tensor is empty.
     """
-    _, codebooks, scales, _, columns, column_group, row_scales, row_codebook = matrix
+    _, codebooks, scales, _, columns, column_group, row_scales, _ = matrix
     check_structure(matrix)
     dtype = torch.float32
     to_codebooks = torch.zeros_like(codebooks, dtype=dtype)
@@ -110,10 +110,11 @@ def table_gradients(
         codes, tables, spread = factors(matrix, row, end - row, 0, columns, dtype)
         by_code = gradient.new_zeros((end - row, tables.shape[1]))
         by_code.scatter_add_(1, codes, gradient * spread)
-        if row_codebook is None:
+        books = matrix.books_of(torch.arange(row, end, device=scales.device))
+        if books is None:
             to_codebooks += by_code.sum(0)
         else:
-            to_codebooks.index_add_(0, row_codebook[row:end].int(), by_code)
+            to_codebooks.index_add_(0, books.int(), by_code)
         by_column = torch.nn.functional.pad(gradient * tables.gather(1, codes), (0, width - columns))
         to_scales[row:end] = by_column.view(end - row, scales.shape[1], -1).sum(2)
     nothing = codebooks.new_zeros(0, dtype=dtype)

@@ -48,15 +48,13 @@ def factors(
     matrix: CodebookMatrix, row: int, rows: int, column: int, columns: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a part of W: codes (rows, columns), tables (rows, 2^bits) and scales (rows, columns) or (rows, 1)."""
-    packed, codebooks, scales, bits, _, column_group, row_scales, row_codebook = matrix
+    packed, codebooks, scales, bits, _, column_group, row_scales, _ = matrix
     first_unit, last_unit = column // UNIT, -(-(column + columns) // UNIT)
     words = packed[row : row + rows, first_unit * bits : last_unit * bits]
     codes = unpack_codes(words, bits, (last_unit - first_unit) * UNIT)[:, :columns].long()
     tables = codebooks.to(dtype)
-    if row_codebook is None:
-        tables = tables.expand(rows, -1)
-    else:
-        tables = tables.index_select(0, row_codebook[row : row + rows].int())
+    books = matrix.books_of(torch.arange(row, row + rows, device=packed.device))
+    tables = tables.expand(rows, -1) if books is None else tables.index_select(0, books.int())
     spread = scales[row : row + rows].to(dtype)
     if row_scales is not None:
         spread = spread * row_scales[row : row + rows, None].to(dtype)

@@ -54,7 +54,7 @@ def write_random(folder: Path, plan: CompressionPlan) -> None:
     method: Any = create_method(RECIPE, resolve_anatomy(model))
     for part in [*method.outside, *(part for parts in method.parts for part in parts)]:
         dense = model.get_submodule(part.path)
-        layer = coded_layer(dense, None, format_of(RECIPE, dense, part.bits), device="cpu")
+        layer = coded_layer(dense, None, format_of(RECIPE, dense, part), device="cpu")
         layer.get_buffer("weight").random_(-(2**31), 2**31)
         layer.codebooks.copy_(torch.randn(layer.codebooks.shape).sort(dim=1).values)
         layer.scales.random_(64, 256)

@@ -13,7 +13,7 @@
 #include <string.h>
 
 /* Changes with every change of the structures or signatures: the loader refuses another number. */
-#define HFC_VERSION 2
+#define HFC_VERSION 3
 
 #define HFC_UNIT 32 /* columns that `bits` words hold */
 #define HFC_STEP 16 /* columns that one look-up treats */
@@ -27,8 +27,9 @@ typedef struct {
     const void *codebooks;    /* (codebook_count, 2^bits) of codebook_type */
     const void *scales;       /* (rows, groups) of scale_type */
     const void *row_scales;   /* (rows,) of row_scale_type, or NULL */
-    const void *row_codebook; /* (rows,) int16 or int32, or NULL for codebook 0 */
-    int64_t rows, columns, units, groups, group_units, codebook_count;
+    const void *row_codebook; /* (rows,) int16 or int32; or NULL */
+    int64_t rows, columns, units, groups, group_units;
+    int64_t codebook_count, codebook_rows; /* without row_codebook: rows that follow each other and share one */
     int32_t bits, codebook_type, scale_type, row_scale_type, index_bytes;
 } hfc_matrix;
 

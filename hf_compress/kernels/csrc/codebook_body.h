@@ -51,10 +51,12 @@ static TARGET void to_float(float *to, const void *from, int32_t type, size_t co
 /* The codebook of a row, or NULL if the row names one that is not there. */
 INLINE const float *codebook_of(const hfc_job *job, int64_t row) {
     const hfc_matrix *matrix = job->matrix;
-    int64_t index = 0;
+    int64_t index;
     if (matrix->row_codebook)
         index = matrix->index_bytes == 2 ? ((const int16_t *)matrix->row_codebook)[row]
                                          : ((const int32_t *)matrix->row_codebook)[row];
+    else
+        index = row / matrix->codebook_rows;
     if (index < 0 || index >= matrix->codebook_count) return NULL;
     return job->tables + ((size_t)index << matrix->bits);
 }

@@ -46,6 +46,10 @@ class CodebookConfig(MethodConfig):
             scale a row.
         rows_per_codebook (`int`, defaults to 16): rows of alike distribution that share a codebook, on average.
         integer_scales (`bool`, defaults to `True`): scales in 8 bits with one fp16 unit a row, instead of fp16 each.
+        reorder_channels (`bool`, defaults to `False`): channels between the matrices of an MLP, and between values and
+            output projection within a head, are sorted by the size of the columns that read them: those share scales
+            with their like, and the rows that write them need no index of their codebook. The model is the same
+            function; adapters and deltas of the dense one do not fit it any more.
         trainable_codebooks (`bool`, defaults to `False`): codebooks and the float scales are float32 parameters that
             the Trainer tunes, rather than fp16 buffers.
         order (`"sequential"` or `"dense"`): inputs of every block from the blocks compressed before it, or from the
@@ -64,6 +68,7 @@ class CodebookConfig(MethodConfig):
     column_group: int | None = Field(default=32, ge=32, multiple_of=32)
     rows_per_codebook: int = Field(default=16, ge=1)
     integer_scales: bool = True
+    reorder_channels: bool = False
     trainable_codebooks: bool = False
     order: Literal["sequential", "dense"] = "sequential"
     damping: float = Field(default=0.01, gt=0, lt=1)

@@ -21,12 +21,12 @@ def expected_layout(
     slack = 0.0
     for part in _with_average_bits(config, anatomy, parts):
         dense = get(part.path)
-        layer = planned_layer(config, dense, part.bits)
+        layer = planned_layer(config, dense, part)
         entries.append(layout_entry(part.path, layer))
         if part.tied_head is not None:
             entries.append(layout_entry(part.tied_head, layer.tied_head(get(part.tied_head), part.path)))
         if config.average_bits is not None and part.kind not in OUTSIDE:
-            widest = planned_layer(config, dense, max(CHOICES))
+            widest = planned_layer(config, dense, replace(part, bits=max(CHOICES)))
             # The average counts weights; the last columns of a row may be padding, and books grow with the bits.
             spared = weight_count(dense) * (max(CHOICES) - config.average_bits) / 8
             slack += widest.stored_bytes() - spared - layer.stored_bytes()

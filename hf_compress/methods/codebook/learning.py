@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ def code_matrices(
     gram: Float[Tensor, "columns columns"] | None,
     codes: int,
     generator: torch.Generator,
+    in_turn: Sequence[bool] | None = None,
 ) -> list[Coded]:
     """Matrices over the same inputs as codes, rounded as they are stored.
 
@@ -32,13 +33,15 @@ def code_matrices(
         gram: `H`, damped, float64; `None` without data.
         codes: codes of a codebook.
         generator: on the CPU; draws the samples that codebooks start from.
+        in_turn: of every matrix, whether its codebooks serve rows that follow each other.
 
     Raises:
         NumericalError: `H` is not positive definite even with more damping, or the weights are too large.
     """
     columns = weights[0].shape[1]
     height = max(WEIGHTS_AT_ONCE // columns // config.rows_per_codebook, 1) * config.rows_per_codebook
-    pieces = [piece for weight in weights for piece in weight.split(height)]
+    taken = in_turn or [False] * len(weights)
+    pieces = [(piece, own) for weight, own in zip(weights, taken, strict=True) for piece in weight.split(height)]
     coded: list[Coded] = []
     feedback = None if gram is None or config.learning == "none" else mathematics.feedback_of(gram)
     for together in _within(pieces, WEIGHTS_AT_ONCE):
@@ -55,11 +58,11 @@ def code_matrices(
     return result
 
 
-def _within(pieces: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+def _within(pieces: list[tuple[Tensor, bool]], limit: int) -> Iterator[list[tuple[Tensor, bool]]]:
     """Neighbours together, up to `limit` weights."""
-    group: list[Tensor] = []
+    group: list[tuple[Tensor, bool]] = []
     for piece in pieces:
-        if group and sum(other.numel() for other in group) + piece.numel() > limit:
+        if group and sum(other.numel() for other, _ in group) + piece[0].numel() > limit:
             yield group
             group = []
         group.append(piece)
@@ -68,12 +71,13 @@ def _within(pieces: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
 
 def _code_pieces(
     config: CodebookConfig,
-    weights: list[Tensor],
+    pieces: list[tuple[Tensor, bool]],
     gram: Tensor | None,
     feedback: tuple[Tensor, Tensor] | None,
     codes: int,
     generator: torch.Generator,
 ) -> list[Coded]:
+    weights = [weight for weight, _ in pieces]
     columns = weights[0].shape[1]
     importance = weights[0].new_ones(columns) if gram is None else gram.diagonal()
     starts = [
@@ -84,8 +88,9 @@ def _code_pieces(
             column_group=min(config.column_group or columns, columns),
             rows_per_codebook=config.rows_per_codebook,
             generator=generator,
+            in_turn=in_turn,
         )
-        for weight in weights
+        for weight, in_turn in pieces
     ]
     coded, stacked = as_stored(join(starts), config.integer_scales), torch.cat(weights)
     if gram is None or feedback is None or config.learning == "none":

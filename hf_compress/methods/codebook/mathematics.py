@@ -32,13 +32,13 @@ SWEEP_COLUMNS = 64
 DAMPING_ATTEMPTS = 5
 
 
-def damped(gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """`H + λI`, `λ = damping · mean(diag H)`, in float64.
+def damped(gram: Float[Tensor, "n n"], damping: float, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n n"]:
+    """`H + λI`, `λ = damping · mean(diag H)`, in float64, for the inputs in another `order` if that is given.
 
     Raises:
         NumericalError: non-finite values, or a Gram that is zero.
     """
-    shifted = gram.double().clone()
+    shifted = (gram.clone() if order is None else gram[order[:, None], order]).double()
     scale = shifted.diagonal().mean()
     if not torch.isfinite(scale):
         raise NumericalError("the Gram matrix of the inputs holds non-finite values")
@@ -72,6 +72,7 @@ def start(
     column_group: int,
     rows_per_codebook: int,
     generator: torch.Generator,
+    in_turn: bool = False,
 ) -> Coded:
     """Weighted k-means in one dimension, scales and codebooks in turn; nearest assignment.
 
@@ -82,6 +83,7 @@ def start(
         column_group: columns that share a scale.
         rows_per_codebook: rows that share a codebook on average.
         generator: on the CPU; draws the sample that a codebook starts from.
+        in_turn: the rows that follow each other share a codebook, rather than those of alike distribution.
     """
     rows, columns = weight.shape
     weights = importance.to(weight).clamp_min(torch.finfo(weight.dtype).tiny).expand(rows, -1)
@@ -96,7 +98,8 @@ def start(
     )
     scaled = _scaled(weight, coded)
     books = -(-rows // rows_per_codebook)
-    coded = replace(coded, row_codebook=group_rows(scaled, books, generator))
+    taken = torch.arange(rows, device=weight.device) // rows_per_codebook
+    coded = replace(coded, row_codebook=taken if in_turn else group_rows(scaled, books, generator))
     coded = replace(coded, codebooks=_quantile_codebooks(scaled, coded.row_codebook, books, codes, generator))
     for turn in range(START_ROUNDS):
         coded = assign_nearest(weight, coded)

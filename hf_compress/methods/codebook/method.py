@@ -67,6 +67,11 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
                 "goes through all loops. Call set_iterations(model) first, and with your number again after."
             )
         self.sequential = self.needs_calibration and config.order == "sequential"
+        if config.reorder_channels and running is not None:
+            raise ConfigurationError(
+                "reorder_channels=True is for layers of their own: those that share a matrix would need one order for "
+                "all of them. Leave it out."
+            )
         found = [parts_of_block(config, anatomy, block) for block in range(len(anatomy))]
         self.parts = [parts for parts, _ in found]
         self.outside, alone = parts_outside(config, anatomy)
@@ -189,8 +194,8 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def compress_block(self, block: int, statistics: InputStatistics | None) -> BlockResult:
         if self.sequential and self.config.block_epochs:  # for `refine_block`, which lets go of them
             get = self.anatomy.model.get_submodule
-            coded = {part.path: get(part.path) for part in self.parts[block]}
-            self._dense = {path: dense_rows(module) for path, module in coded.items() if Experts.of(module) is None}
+            coded = [part for part in self.parts[block] if Experts.of(get(part.path)) is None]
+            self._dense = {part.path: self._ordered(part)[0] for part in coded}
         return merged(task() for task in self.tasks(block, statistics))
 
     def tasks(self, block: int, statistics: InputStatistics | None) -> list[Callable[[], BlockResult]]:
@@ -270,8 +275,21 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         for part in self.parts[block]:
             alone = statistics is None or part.path == statistics.drift_path
             key = part.path if alone or statistics is None else id(statistics.grams.get(part.path, part))
-            groups.setdefault((key, part.bits), []).append(part)
+            groups.setdefault((key, part.bits, part.reads), []).append(part)
         return list(groups.values())
+
+    def _ordered(self, part: Part) -> tuple[Float[Tensor, "rows columns"], Tensor | None]:
+        """A dense matrix with its channels as they are to be, and the order of its rows, or of a reader's columns."""
+        get = self.anatomy.model.get_submodule
+        weight, channels = dense_rows(get(part.path)), part.channels
+        if channels is None:
+            return weight, None
+        order = channels.order(dense_rows(get(channels.reader)))
+        if part.reads:
+            columns = channels.columns(order)
+            return weight[:, columns], columns
+        rows = channels.rows(order)
+        return weight[rows], rows
 
     def _code(
         self,
@@ -284,13 +302,19 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     ) -> None:
         """Matrices over the same inputs as packed layers, added to `result` with their rows of the report."""
         dense = [self.anatomy.model.get_submodule(part.path) for part in parts]
-        weights = [dense_rows(module).float() for module in dense]
+        ordered = [self._ordered(part) for part in parts]
+        weights, order = [weight.float() for weight, _ in ordered], None
+        if parts[0].reads:  # alone
+            order = ordered[0][1]
+            drift = None if drift is None or order is None else drift[order.to(drift.device)]
+        in_turn = [part.in_turn(self.config, len(weight)) for part, weight in zip(parts, weights, strict=True)]
         try:
-            coded, gram = self._coded(parts[0].bits, weights, gram, drift, generator)
+            coded, gram = self._coded(parts[0].bits, weights, gram, drift, generator, order, in_turn)
         except NumericalError as failure:
             raise NumericalError(f"{parts[0].path}: {failure}.") from failure
-        for part, module, weight, own in zip(parts, dense, weights, coded, strict=True):
-            layer = coded_layer(module, own, format_of(self.config, module, part.bits, len(own.codebooks)))
+        for part, module, (_, rows), weight, own in zip(parts, dense, ordered, weights, coded, strict=True):
+            format = format_of(self.config, module, part, len(own.codebooks))
+            layer = coded_layer(module, own, format, rows=None if part.reads else rows)
             result.modules[part.path] = layer
             count, width = weight.numel(), dense_rows(module).element_size()
             error = mathematics.relative_error(weight, own.matrix(), gram)
@@ -304,16 +328,18 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         gram: Float[Tensor, "n n"] | None,
         drift: Float[Tensor, "n d"] | None,
         generator: torch.Generator,
+        order: Tensor | None = None,
+        in_turn: Sequence[bool] | None = None,
     ) -> tuple[list[Coded], Float[Tensor, "n n"] | None]:
-        """Matrices over the same inputs as codes, and the damped Gram that they are for; `weights` then hold what the
-        drift asks for. Raises `NumericalError`."""
+        """Matrices over the same inputs as codes, and the damped Gram that they are for, in the `order` of columns if
+        given; `weights` then hold what the drift asks for. Raises `NumericalError`."""
         if gram is not None and not gram.diagonal().any():
             gram = None  # inputs that are always zero tell nothing: the weights themselves count
         if gram is not None:
-            gram = mathematics.damped(gram.to(weights[0].device), self.config.damping)
+            gram = mathematics.damped(gram.to(weights[0].device), self.config.damping, order)
             if drift is not None:
                 lost = torch.linalg.solve(gram, DRIFT_SHARE * drift.to(gram)).T.to(weights[0])
                 # Weak inputs could make up for the drift with huge weights only.
                 weights[0] = weights[0] + lost * (weights[0].norm() / lost.norm()).clamp_max(1).nan_to_num(0)
         codes = 3 if bits == TERNARY else 2 ** int(bits)
-        return code_matrices(self.config, weights, gram, codes, generator), gram
+        return code_matrices(self.config, weights, gram, codes, generator, in_turn), gram

@@ -22,8 +22,15 @@ from .weight import FORMAT_TENSORS, CodebookFormat, PackedWeight
 DenseLayer: TypeAlias = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
 
 
-def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, device: Any = None) -> Any:
-    """The packed layer in place of a dense one, filled if `coded` is given, on the dense one's device or another.
+def coded_layer(
+    dense: nn.Module,
+    coded: Coded | None,
+    format: CodebookFormat,
+    device: Any = None,
+    rows: Int[Tensor, " rows"] | None = None,
+) -> Any:
+    """The packed layer in place of a dense one, filled if `coded` is given, on the dense one's device or another;
+    `rows` are the dense one's in the order of the codes.
 
     Raises `ValueError` for a layer that has no packed form.
     """
@@ -37,7 +44,8 @@ def coded_layer(dense: nn.Module, coded: Coded | None, format: CodebookFormat, d
         beside = {name: own for name, own in layer.named_parameters() if name not in FORMAT_TENSORS}
         with torch.no_grad():
             for name, own in beside.items():
-                own.copy_(dense.get_parameter(name))
+                beside_rows = dense.get_parameter(name)
+                own.copy_(beside_rows if rows is None else beside_rows[rows])
     return layer
 
 
@@ -255,7 +263,7 @@ class CodebookEmbedding(PackedWeight, nn.Embedding):
             packed=matrix.packed.index_select(0, ids),
             scales=matrix.scales.index_select(0, ids),
             row_scales=chosen(matrix.row_scales),
-            row_codebook=chosen(matrix.row_codebook),
+            row_codebook=matrix.books_of(ids),
         )
         like = self.get_buffer("like")
         vectors = kernel.dequantize(rows, like.dtype).view(*input.shape, self.columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import nn
 from ...anatomy import Experts, ModelAnatomy, dense_rows
 from ...engine.exclusion import is_excluded
 from ...errors import ConfigurationError
+from ...kernels.matrix import rows_in_turn
 from .configuration import CODED_KINDS, OUTSIDE, TERNARY, Bits, CodebookConfig, CodedKind
 from .experts import CodebookExperts
 from .modules import coded_layer
+from .order import Channels, channels_of_block
 from .weight import CodebookFormat
 
 
@@ -26,26 +28,40 @@ class Part:
         kind: decides on its bits.
         bits: a weight.
         tied_head: path of the head that multiplies with this table of token vectors.
+        channels: in whose order its rows or columns are brought.
     """
 
     path: str
     kind: CodedKind
     bits: Bits
     tied_head: str | None = None
+    channels: Channels | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the channels are its columns."""
+        return self.channels is not None and self.path == self.channels.reader
+
+    def in_turn(self, config: CodebookConfig, rows: int) -> bool:
+        """Whether its codebooks serve rows that follow each other. Large matrices are coded in pieces of full
+        codebooks, and then the last one may be too small for all to be equal."""
+        size = config.rows_per_codebook
+        return self.channels is not None and not self.reads and rows_in_turn(rows, -(-rows // size)) == size
 
 
-def format_of(config: CodebookConfig, dense: nn.Module, bits: Bits, books: int | None = None) -> CodebookFormat:
+def format_of(config: CodebookConfig, dense: nn.Module, part: Part, books: int | None = None) -> CodebookFormat:
     """How a matrix is kept; `books` as the recipe expects it unless it is given."""
     rows, columns = dense_rows(dense).shape
-    return format_of_size(config, rows, columns, bits, books)
+    return format_of_size(config, rows, columns, part.bits, books, part.in_turn(config, rows))
 
 
 def format_of_size(
-    config: CodebookConfig, rows: int, columns: int, bits: Bits, books: int | None = None
+    config: CodebookConfig, rows: int, columns: int, bits: Bits, books: int | None = None, in_turn: bool = False
 ) -> CodebookFormat:
     return CodebookFormat(
         bits=bits,
         books=-(-rows // config.rows_per_codebook) if books is None else books,
+        in_turn=in_turn,
         column_group=min(config.column_group or columns, columns),
         integer_scales=config.integer_scales,
         trainable=config.trainable_codebooks,
@@ -60,12 +76,12 @@ def coded_experts(config: CodebookConfig, experts: Experts, bits: Bits, device: 
     return CodebookExperts(experts.module, up, down, device=device)
 
 
-def planned_layer(config: CodebookConfig, dense: nn.Module, bits: Bits) -> Any:
+def planned_layer(config: CodebookConfig, dense: nn.Module, part: Part) -> Any:
     """The packed layer or the packed experts without memory. Raises `ValueError` for what has no packed form."""
     experts = Experts.of(dense)
     if experts is not None:
-        return coded_experts(config, experts, bits, device="meta")
-    return coded_layer(dense, None, format_of(config, dense, bits), device="meta")
+        return coded_experts(config, experts, part.bits, device="meta")
+    return coded_layer(dense, None, format_of(config, dense, part), device="meta")
 
 
 def parts_of_block(config: CodebookConfig, anatomy: ModelAnatomy, block: int) -> tuple[list[Part], list[str]]:
@@ -81,7 +97,15 @@ def parts_of_block(config: CodebookConfig, anatomy: ModelAnatomy, block: int) ->
             left_alone.append(part)
         else:
             parts.append(part)
-    return parts, left_alone
+    return _with_channels(config, anatomy, block, parts), left_alone
+
+
+def _with_channels(config: CodebookConfig, anatomy: ModelAnatomy, block: int, parts: list[Part]) -> list[Part]:
+    if not config.reorder_channels:
+        return parts
+    found = channels_of_block(anatomy, block, {part.path for part in parts})
+    known = {path: channels for channels in found for path in (*channels.writers, channels.reader)}
+    return [replace(part, channels=known.get(part.path)) for part in parts]
 
 
 def parts_outside(config: CodebookConfig, anatomy: ModelAnatomy) -> tuple[list[Part], list[str]]:
@@ -135,9 +159,9 @@ def _part(
     excluded = config.modules_to_not_convert
     if is_excluded(path, excluded) or (tied_head is not None and is_excluded(tied_head, excluded)):
         return f"{path}: excluded"
-    dense = anatomy.model.get_submodule(path)
+    dense, part = anatomy.model.get_submodule(path), Part(path, kind, bits, tied_head)
     try:
-        planned_layer(config, dense, bits)
+        planned_layer(config, dense, part)
     except ValueError as error:
         raise ConfigurationError(f"{path!r} {error}. Add it to modules_to_not_convert.") from error
     experts = Experts.of(dense)
@@ -153,4 +177,4 @@ def _part(
             f"{path!r} has rows of {columns} weights, shorter than a codebook of {codes} codes. "
             "Add it to modules_to_not_convert, or take fewer bits."
         )
-    return Part(path, kind, bits, tied_head)
+    return part

@@ -81,8 +81,9 @@ def _coded(layer: PackedWeight) -> Coded:
     scales = matrix.scales.float()
     if matrix.row_scales is not None:
         scales = scales * matrix.row_scales.float()[:, None]
-    rows = matrix.row_codebook
-    index = torch.zeros(matrix.rows, dtype=torch.long, device=scales.device) if rows is None else rows.long()
+    rows = torch.arange(matrix.rows, device=scales.device)
+    books_of_rows = matrix.books_of(rows)
+    index = torch.zeros_like(rows) if books_of_rows is None else books_of_rows.long()
     codes = unpack_codes(matrix.packed, matrix.bits, matrix.columns).long()
     books = matrix.codebooks.detach().float()[:, : layer.format.codes]
     return Coded(codes, books, scales.detach(), index, matrix.column_group)

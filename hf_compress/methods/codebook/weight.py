@@ -38,6 +38,7 @@ class CodebookFormat:
         column_group: columns that share a scale.
         integer_scales: scales in uint8 with one unit a row.
         trainable: codebooks and float scales are float32 parameters rather than fp16 buffers.
+        in_turn: each codebook serves as many rows that follow each other, and no row needs an index.
     """
 
     bits: float
@@ -45,6 +46,7 @@ class CodebookFormat:
     column_group: int
     integer_scales: bool
     trainable: bool = False
+    in_turn: bool = False
 
     @property
     def codes(self) -> int:
@@ -65,7 +67,7 @@ class CodebookFormat:
             "codebooks": ((self.books, 1 << self.kernel_bits), floats),
             "scales": ((rows, groups), torch.uint8 if self.integer_scales else floats),
             "row_scales": ((rows,), floats) if self.integer_scales else None,
-            "row_codebook": ((rows,), index) if self.books > 1 else None,
+            "row_codebook": ((rows,), index) if self.books > 1 and not self.in_turn else None,
         }
 
     def spec(self) -> dict[str, Any]:
@@ -75,12 +77,12 @@ class CodebookFormat:
             "column_group": self.column_group,
             "integer_scales": self.integer_scales,
         }
-        return {**fields, "trainable": True} if self.trainable else fields
+        return fields | {name: True for name in ("trainable", "in_turn") if getattr(self, name)}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], rows: int, columns: int) -> CodebookFormat:
         """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
-        unknown = set(spec) - {"bits", "books", "column_group", "integer_scales", "trainable"}
+        unknown = set(spec) - {"bits", "books", "column_group", "integer_scales", "trainable", "in_turn"}
         if unknown:
             raise ValueError(f"unknown fields {short(sorted(unknown))}")
         if spec["bits"] not in BITS or isinstance(spec["bits"], bool):
@@ -88,7 +90,7 @@ class CodebookFormat:
         group = checked_size(spec, "column_group", max(columns, 1))
         if group % 32 and group != columns:
             raise ValueError(f"`column_group` must be a multiple of 32 or the row's width, got {group}")
-        for name in ("integer_scales", "trainable"):
+        for name in ("integer_scales", "trainable", "in_turn"):
             if not isinstance(spec.get(name, False), bool):
                 raise ValueError(f"`{name}` must be true or false, got {short(spec[name])}")
         return cls(
@@ -97,6 +99,7 @@ class CodebookFormat:
             column_group=group,
             integer_scales=spec["integer_scales"],
             trainable=spec.get("trainable", False),
+            in_turn=spec.get("in_turn", False),
         )
 
 
@@ -158,7 +161,7 @@ class PackedWeight(nn.Module):
         weight: packed codes: int32 (rows, bits · ⌈columns / 32⌉), or for 1.58 bits uint8 (rows, ⌈columns / 5⌉).
         codebooks: fp16 (books, 2^bits); with 1.58 bits the last of four is never used.
         scales: uint8 or fp16 (rows, groups); `row_scales`: fp16 (rows,) or `None`.
-        row_codebook: int16 or int32 (rows,), `None` with a single codebook.
+        row_codebook: int16 or int32 (rows,), `None` with a single codebook, or where they take turns.
     """
 
     #: `weight` holds codes: nothing may be added to it.
