@@ -7,8 +7,8 @@
 The first two make the same model of 12 loops, with random step sizes in training and without; the third is a model of
 6 layers that shares its block as well, for comparison. Bytes are tokens, so that the head costs little. Text may come
 from several files. An interrupted run goes on where it stopped. At the end a JSON line for every number of iterations:
-loss on held-out text in nats a byte, scaled steps beside plain truncation and the Adams-Bashforth solver, and
-milliseconds of a forward pass.
+loss on held-out text in nats a byte, scaled steps beside plain truncation, the Adams-Bashforth solver and steps that
+grow or shrink to the double, and milliseconds of a forward pass.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
         if architecture == "decoder":
             running.set_schedule(schedule, "adams_bashforth")
             line["adams_bashforth"] = round(held_out_loss(model, batches), 4)
-            running.set_schedule(schedule, "euler")
+        running.set_schedule(schedule, "euler")
+        for name, sizes in (("growing", torch.linspace(1, 2, count)), ("shrinking", torch.linspace(2, 1, count))):
+            model.set_iterations(steps=(sizes.double() * depth / sizes.sum().double()).tolist())
+            line[name] = round(held_out_loss(model, batches), 4)
         print(json.dumps(line), flush=True)
     model.set_iterations()
 

@@ -15,6 +15,7 @@ import hf_compress
 from hf_compress import CodebookConfig, LayerSharingConfig, ModularDecompositionConfig
 from hf_compress.anatomy import dense_rows, resolve_anatomy
 from hf_compress.methods.codebook import CodebookLinear
+from hf_compress.methods.codebook.modules import CodebookEmbedding
 from hf_compress.methods.codebook.order import Channels, channels_of_block
 
 # Their MLPs end in a matrix that stays dense, and their attention is described by its matrices alone.
@@ -93,12 +94,14 @@ def test_the_rows_that_write_channels_need_no_index(tmp_path: Path) -> None:
 
 def test_the_plan_is_met_to_the_byte(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
-    # 64 rows are not divided by codebooks of 24 rows: those of the MLP have an index, those of 32 values none.
-    for rows in (16, 24):
+    # Three codebooks serve 22 of 64 rows in turn; two of the 32 values would take 16, so those keep their index.
+    for rows in (16, 22):
         recipe = CodebookConfig(bits=3, learning="none", reorder_channels=True, rows_per_codebook=rows)
         plan = hf_compress.plan(tmp_path, recipe)
         model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=recipe)
         assert plan.bytes_on_disk == model.compression_report.bytes_after
+        layers = model.model.layers[0].mlp.up_proj, model.model.layers[0].self_attn.v_proj
+        assert [layer.format.in_turn for layer in layers] == [True, rows == 16]
 
 
 def test_columns_of_alike_size_share_scales() -> None:
@@ -174,3 +177,23 @@ def test_shared_layers_are_refused() -> None:
     model = hf_compress.compress(make_model("llama"), LayerSharingConfig(unique_layers=2, lora_rank=2))
     with pytest.raises(hf_compress.ConfigurationError, match="reorder_channels=True"):
         hf_compress.compress(model, CodebookConfig(bits=3, learning="none", reorder_channels=True))
+
+
+def test_what_cannot_be_sorted_is_refused() -> None:
+    with pytest.raises(hf_compress.ConfigurationError, match="no channels of T5Model"):
+        hf_compress.compress(make("t5"), CodebookConfig(bits=3, learning="none", reorder_channels=True))
+    recipe = CodebookConfig(bits={"query_key": 3}, learning="none", reorder_channels=True)
+    with pytest.raises(hf_compress.ConfigurationError, match="no channels of LlamaForCausalLM"):
+        hf_compress.compress(make_model("llama"), recipe)
+
+
+def test_a_table_with_codebooks_in_turn_looks_its_rows_up() -> None:
+    spec = {"bits": 3, "books": 4, "column_group": 32, "integer_scales": True, "in_turn": True}
+    table: Any = CodebookEmbedding.from_spec(torch.nn.Embedding(40, 64), spec)
+    torch.manual_seed(0)
+    table.weight.random_(-(2**31), 2**31)
+    for tensor in (table.codebooks, table.row_scales):
+        tensor.normal_()
+    table.scales.random_(1, 255)
+    ids = torch.tensor([[39, 0], [10, 9]])
+    assert torch.equal(table(ids), table.matrix()[ids]) and torch.equal(table(ids.int()), table(ids))

@@ -251,6 +251,7 @@ def bad_inputs() -> dict[str, tuple[dict[str, Any], Tensor, str]]:
         "uint8 scales": ({"scales": torch.zeros(ROWS, 4, dtype=torch.uint8)}, x, "`scales` must have shape"),
         "row_scales": ({"row_scales": torch.zeros(ROWS).half()}, x, "`scales` must have shape"),
         "row_codebook": ({"row_codebook": torch.zeros(ROWS, dtype=torch.int64)}, x, "dtype int16 or int32"),
+        "no codebook": ({"codebooks": torch.zeros(0, 8).half()}, x, "there is no codebook"),
         "codebooks without rows": (
             {"codebooks": torch.zeros(ROWS + 1, 8).half(), "row_codebook": None},
             x,

@@ -38,6 +38,9 @@ Learning = Annotated[
 ]
 BlockEpochs = Annotated[int | None, typer.Option(help="codebook: passes of block tuning; worth their time at 2 bits.")]
 ColumnGroup = Annotated[int | None, typer.Option(help="codebook: columns that share a scale, a multiple of 32.")]
+ReorderChannels = Annotated[
+    bool | None, typer.Option(help="codebook: sort the channels between matrices; adapters of the base no longer fit.")
+]
 Sparsity = Annotated[float | None, typer.Option(help="pruning: share of the matrices' weights to remove.")]
 Criterion = Annotated[
     str | None,

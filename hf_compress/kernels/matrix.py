@@ -8,7 +8,7 @@ from ctypes import addressof
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from ..errors import ConfigurationError
@@ -51,11 +51,11 @@ class CodebookMatrix(NamedTuple):
         """Rows that follow each other and share a codebook, where no `row_codebook` chooses."""
         return rows_in_turn(self.rows, self.codebooks.shape[0])
 
-    def books_of(self, rows: Int64[Tensor, " some"]) -> Tensor | None:
-        """The codebooks of some rows; `None` where there is one for all."""
+    def books_of(self, rows: Int[Tensor, " some"]) -> Tensor | None:
+        """The codebooks of some rows, int16 or int32; `None` where there is one for all."""
         if self.row_codebook is not None:
             return self.row_codebook.index_select(0, rows)
-        return None if self.codebooks.shape[0] == 1 else rows // self.codebook_rows
+        return None if self.codebooks.shape[0] == 1 else (rows // self.codebook_rows).int()
 
 
 def rows_in_turn(rows: int, books: int) -> int:
@@ -79,7 +79,9 @@ def check_structure(matrix: CodebookMatrix) -> None:
         _check("row_scales", row_scales, (rows,), _FLOATS, packed)
     if row_codebook is not None:
         _check("row_codebook", row_codebook, (rows,), (torch.int16, torch.int32), packed)
-    elif codebooks.shape[0] > max(rows, 1):
+    if codebooks.shape[0] == 0:
+        raise ConfigurationError("there is no codebook.")
+    if row_codebook is None and codebooks.shape[0] > max(rows, 1):
         raise ConfigurationError(
             f"there are {codebooks.shape[0]} codebooks for {rows} rows, and no `row_codebook` that chooses."
         )

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distance-weighted gradient": {"learning": "distance", "block_epochs": 0},
     "latent weights": {"learning": "latent", "block_epochs": 0},
     "mixed bits": {"bits": "auto"},
+    "channels in order": {"reorder_channels": True},
     "embedding and head at 4 bits": {"embedding": 4},
 }
 

@@ -48,8 +48,9 @@ class CodebookConfig(MethodConfig):
         integer_scales (`bool`, defaults to `True`): scales in 8 bits with one fp16 unit a row, instead of fp16 each.
         reorder_channels (`bool`, defaults to `False`): channels between the matrices of an MLP, and between values and
             output projection within a head, are sorted by the size of the columns that read them: those share scales
-            with their like, and the rows that write them need no index of their codebook. The model is the same
-            function; adapters and deltas of the dense one do not fit it any more.
+            with their like, and where codebooks divide them evenly the rows that write them need no index. The model
+            is the same function; adapters and deltas of the dense one do not fit it any more. Experts, attention
+            whose query, key and value are one matrix and shared layers keep their order.
         trainable_codebooks (`bool`, defaults to `False`): codebooks and the float scales are float32 parameters that
             the Trainer tunes, rather than fp16 buffers.
         order (`"sequential"` or `"dense"`): inputs of every block from the blocks compressed before it, or from the

@@ -85,10 +85,15 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             self.needs_whole_model = "runs all loops of shared layers"
         self._batches: list[Batch] = []
         # Of the block that was compressed last, for its tuning.
-        self._dense: dict[str, Tensor] = {}
+        self._dense: dict[str, tuple[Part, Tensor, Tensor | None]] = {}
         self.left_alone = [*alone, *itertools.chain.from_iterable(reasons for _, reasons in found)]
         if not any([*self.parts, self.outside]):
             raise ConfigurationError("the recipe leaves every matrix of this model alone; there is nothing to do.")
+        if config.reorder_channels and not any(part.channels for parts in self.parts for part in parts):
+            raise ConfigurationError(
+                f"reorder_channels=True: no channels of {type(anatomy.model).__name__} can be sorted: no MLP and no "
+                "attention has all the matrices that share them among those that are coded. Leave it out."
+            )
 
     def expect(self) -> Expectation:
         layout, slack = expected_layout(self.config, self.anatomy, [*itertools.chain(*self.parts), *self.outside])
@@ -195,7 +200,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         if self.sequential and self.config.block_epochs:  # for `refine_block`, which lets go of them
             get = self.anatomy.model.get_submodule
             coded = [part for part in self.parts[block] if Experts.of(get(part.path)) is None]
-            self._dense = {part.path: self._ordered(part)[0] for part in coded}
+            self._dense = {part.path: (part, *self._dense_and_order(part)) for part in coded}
         return merged(task() for task in self.tasks(block, statistics))
 
     def tasks(self, block: int, statistics: InputStatistics | None) -> list[Callable[[], BlockResult]]:
@@ -264,9 +269,11 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     def refine_block(
         self, block: int, result: BlockResult, stream: BlockStream, targets: Sequence[Tensor]
     ) -> BlockResult:
-        weights, self._dense = self._dense, {}
-        if not self.config.block_epochs or not weights:
+        dense, self._dense = self._dense, {}
+        if not self.config.block_epochs or not dense:
             return result
+        # Written out one by one: a matrix in another order is a copy.
+        weights = {path: partial(part.in_order, weight, order) for path, (part, weight, order) in dense.items()}
         return tune_block(self.config, block, weights, result, stream, targets)
 
     def _together(self, block: int, statistics: InputStatistics | None) -> list[list[Part]]:
@@ -278,18 +285,14 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
             groups.setdefault((key, part.bits, part.reads), []).append(part)
         return list(groups.values())
 
-    def _ordered(self, part: Part) -> tuple[Float[Tensor, "rows columns"], Tensor | None]:
-        """A dense matrix with its channels as they are to be, and the order of its rows, or of a reader's columns."""
+    def _dense_and_order(self, part: Part) -> tuple[Float[Tensor, "rows columns"], Tensor | None]:
+        """A dense matrix, and the order that its rows, or a reader's columns, are to have."""
         get = self.anatomy.model.get_submodule
         weight, channels = dense_rows(get(part.path)), part.channels
         if channels is None:
             return weight, None
         order = channels.order(dense_rows(get(channels.reader)))
-        if part.reads:
-            columns = channels.columns(order)
-            return weight[:, columns], columns
-        rows = channels.rows(order)
-        return weight[rows], rows
+        return weight, channels.columns(order) if part.reads else channels.rows(order)
 
     def _code(
         self,
@@ -302,17 +305,17 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
     ) -> None:
         """Matrices over the same inputs as packed layers, added to `result` with their rows of the report."""
         dense = [self.anatomy.model.get_submodule(part.path) for part in parts]
-        ordered = [self._ordered(part) for part in parts]
-        weights, order = [weight.float() for weight, _ in ordered], None
-        if parts[0].reads:  # alone
-            order = ordered[0][1]
-            drift = None if drift is None or order is None else drift[order.to(drift.device)]
+        found = [self._dense_and_order(part) for part in parts]
+        weights = [part.in_order(*own).float() for part, own in zip(parts, found, strict=True)]
+        order = found[0][1] if parts[0].reads else None  # alone then
+        if drift is not None and order is not None:
+            drift = drift[order.to(drift.device)]
         in_turn = [part.in_turn(self.config, len(weight)) for part, weight in zip(parts, weights, strict=True)]
         try:
             coded, gram = self._coded(parts[0].bits, weights, gram, drift, generator, order, in_turn)
         except NumericalError as failure:
             raise NumericalError(f"{parts[0].path}: {failure}.") from failure
-        for part, module, (_, rows), weight, own in zip(parts, dense, ordered, weights, coded, strict=True):
+        for part, module, (_, rows), weight, own in zip(parts, dense, found, weights, coded, strict=True):
             format = format_of(self.config, module, part, len(own.codebooks))
             layer = coded_layer(module, own, format, rows=None if part.reads else rows)
             result.modules[part.path] = layer

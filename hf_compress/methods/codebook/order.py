@@ -2,8 +2,8 @@
 
 Nothing else reads them: rows of the one side and columns of the other can change places together, and the block
 computes what it did before (E. Yvinec et al., arXiv 2309.17361, who sort neurons so that a codebook serves rows that
-follow each other). Sorted by the size of the columns that read them, channels of alike size share a scale; the
-codebooks of the rows that write them need no index.
+follow each other). Sorted by the size of the columns that read them, channels of alike size share a scale; where
+codebooks divide the rows that write them evenly, these need no index.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from ...anatomy import Experts, ModelAnatomy, dense_rows
 from ...engine.exclusion import is_excluded
@@ -41,6 +42,14 @@ class Part:
     def reads(self) -> bool:
         """Whether the channels are its columns."""
         return self.channels is not None and self.path == self.channels.reader
+
+    def in_order(
+        self, weight: Float[Tensor, "rows columns"], order: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "rows columns"]:
+        """The matrix with its channels in that order."""
+        if order is None:
+            return weight
+        return weight[:, order] if self.reads else weight[order]
 
     def in_turn(self, config: CodebookConfig, rows: int) -> bool:
         """Whether its codebooks serve rows that follow each other. Large matrices are coded in pieces of full

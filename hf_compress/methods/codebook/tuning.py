@@ -7,7 +7,7 @@ value behind its code and receives the gradient of `Ŵ` (straight-through); code
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,7 +92,7 @@ def _coded(layer: PackedWeight) -> Coded:
 def tune_block(
     config: CodebookConfig,
     block: int,
-    dense: dict[str, Tensor],
+    dense: Mapping[str, Callable[[], Tensor]],
     result: BlockResult,
     stream: BlockStream,
     targets: Sequence[Tensor],
@@ -102,7 +102,7 @@ def tune_block(
     What does not lower the error on the validation sequences is undone.
 
     Args:
-        dense: weights that the layers stand for, (rows, columns), by path.
+        dense: by path what gives the weight that a layer stands for, (rows, columns).
         stream: before the block.
         targets: the dense model's outputs of the block.
     """
@@ -118,7 +118,7 @@ def tune_block(
     }
     before = {name: parameter.detach().clone() for name, parameter in beside.items()}
     stored = {path: _coded(layer) for path, layer in layers.items()}
-    tuned = {path: TunedWeight(layer, dense[path]) for path, layer in layers.items()}
+    tuned = {path: TunedWeight(layer, dense[path]()) for path, layer in layers.items()}
     # A step a sequence: few tokens a step are worth more than few steps.
     task = _Task(module, stream.by_sequence(), block, [row for target in targets for row in target.split(1)])
     cut = max(len(task.targets) - max(len(task.targets) // VALIDATION, 1), 1)
