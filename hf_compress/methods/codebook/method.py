@@ -291,7 +291,7 @@ class LearnedCodebooks(Method[CodebookConfig, InputStatistics | None]):
         weight, channels = dense_rows(get(part.path)), part.channels
         if channels is None:
             return weight, None
-        order = channels.order(dense_rows(get(channels.reader)))
+        order = channels.order(dense_rows(get(channels.reader))).to(weight.device)
         return weight, channels.columns(order) if part.reads else channels.rows(order)
 
     def _code(
