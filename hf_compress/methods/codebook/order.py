@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import ModelAnatomy, dense_rows, read_attribute
+from ...anatomy.checks import is_dense_class
 from ..modular.heads import Heads
 
 
@@ -40,7 +41,9 @@ class Channels:
 
     def order(self, reader: Float[Tensor, "rows columns"]) -> Int[Tensor, "heads size"]:
         """Within every part the largest columns of the reader first."""
-        norms = reader.float().square().sum(dim=0).view(self.heads, self.readers, -1).sum(dim=1)
+        dtype = torch.promote_types(reader.dtype, torch.float32)
+        columns: Tensor = torch.linalg.vector_norm(reader, dim=0, dtype=dtype)
+        norms = columns.square().view(self.heads, self.readers, -1).sum(dim=1)
         return norms.argsort(dim=1, descending=True, stable=True)
 
     def rows(self, order: Int[Tensor, "heads size"]) -> Int[Tensor, " rows"]:
@@ -67,8 +70,7 @@ def channels_of_block(anatomy: ModelAnatomy, block: int, coded: Collection[str])
         yield Channels(tuple(writers), reader, halves=2 if record.fused else 1)
     for which in range(anatomy.attention_count(block)):
         own, module = anatomy.attention, get(anatomy.attention_path(block, which=which))
-        decomposed = hasattr(type(module), "layout_type")
-        if own.fused or decomposed or any(read_attribute(module, flag) for flag in own.left_if):
+        if own.fused or not is_dense_class(module) or any(read_attribute(module, flag) for flag in own.left_if):
             continue
         value, output = (anatomy.attention_path(block, role, which) for role in ("value", "output"))
         heads = Heads.of_block(anatomy, block, which)
