@@ -148,13 +148,19 @@ def test_run_prunes_with_and_without_data(tiny_model: Path, text_file: Path, tmp
     assert planned.exit_code == 0, planned.output
 
 
-def test_run_shares_layers(tiny_model: Path, tmp_path: Path) -> None:
+def test_run_shares_layers(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ("--method", "sharing", "--unique-layers", 1, "--layer-order", "sequence", "--lora-rank", 2)
     result = invoke("run", tiny_model, tmp_path / "out", *options, "--inference-iterations", 2)
     assert result.exit_code == 0, result.output
     assert len(list(AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[:])) == 2
     planned = invoke("plan", tiny_model, *options)
     assert planned.exit_code == 0, planned.output
+    by_data = (*options, "--initialization", "activation_aware")
+    data = ("--dataset", text_file, "--num-samples", 8, "--sequence-length", 64)
+    result = invoke("run", tiny_model, tmp_path / "by-data", *by_data, *data)
+    assert result.exit_code == 0, result.output
+    refused = invoke("run", tiny_model, tmp_path / "none", *options, "--initialization", "best")
+    assert refused.exit_code != 0 and "initialization" in refused.output
 
 
 def test_run_of_a_recipe_file(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ RECIPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], bool]] = {
         False,
     ),
     "sharing": ([{"method": "sharing", "unique_layers": 2, "lora_rank": 2}], {}, False),
+    "sharing by data": (
+        [{"method": "sharing", "unique_layers": 2, "lora_rank": 2, "initialization": "activation_aware"}],
+        {},
+        False,
+    ),
     "too few sequences": (
         [{**MODULAR, "kinds": ["mlp"]}],
         {"num_samples": 1, "num_held_out": 0},

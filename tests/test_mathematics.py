@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_compress.calibration.ridge import ridge_cholesky
 from hf_compress.calibration.statistics import gram, head_grams
 from hf_compress.errors import ConfigurationError, NumericalError
 from hf_compress.methods.modular import mathematics
@@ -200,7 +201,7 @@ def test_equal_scores_keep_the_lower_indices() -> None:
 )
 def test_bad_grams_are_named(gram_: Tensor, message: str) -> None:
     with pytest.raises(NumericalError, match=message):
-        mathematics.ridge_cholesky(gram_, 1e-6)
+        ridge_cholesky(gram_, 1e-6)
 
 
 def test_ill_conditioned_gram_gets_a_larger_ridge() -> None:
@@ -208,7 +209,7 @@ def test_ill_conditioned_gram_gets_a_larger_ridge() -> None:
     rows = data(20, 200) * torch.logspace(0, -6, 200, dtype=torch.float64)
     gram_ = rows.T @ rows
     gram_[0, 0] -= 1e-9 * gram_[0, 0]
-    factor = mathematics.ridge_cholesky(gram_, 1e-12)
+    factor = ridge_cholesky(gram_, 1e-12)
     assert torch.isfinite(factor).all()
 
 

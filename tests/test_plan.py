@@ -38,6 +38,7 @@ EXACT: dict[str, list[Any]] = {
     "portable": [ModularDecompositionConfig(reduction=0.2, portable=True)],
     "sharing": [LayerSharingConfig(unique_layers=2, lora_rank=4)],
     "sharing, norms": [LayerSharingConfig(unique_layers=1, share_norms=True)],
+    "sharing by data": [LayerSharingConfig(unique_layers=2, lora_rank=4, initialization="activation_aware")],
     "nf4": [BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)],
     "int8": [BitsAndBytesConfig(load_in_8bit=True)],
     "MLP evenly, codebook": [
@@ -168,6 +169,7 @@ def test_a_model_in_memory_is_planned_for_and_left_alone() -> None:
     [
         EXACT["codebook"],
         EXACT["sharing"],
+        EXACT["sharing by data"],
         ESTIMATED["block influence"],
         ESTIMATED["magnitude"],
         EXACT["MLP evenly, codebook"],

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, IDS, logits, make_model
+from conftest import FAMILIES, IDS, calibration, logits, make_model
 from encoders import ENCODERS, features, make_encoder
 from safetensors.torch import load_file
 from torch import nn
@@ -105,10 +105,11 @@ def test_adams_bashforth_is_of_second_order() -> None:
 
 
 @pytest.mark.parametrize("order", ["cycle", "sequence"])
-@pytest.mark.parametrize("start", ["stepwise", "average", "lower"])
+@pytest.mark.parametrize("start", ["stepwise", "average", "lower", "activation_aware"])
 def test_full_rank_corrections_give_the_unshared_model(family: str, order: str, start: str) -> None:
     dense = logits(make_model(family, torch.float64))
-    model = shared(family, torch.float64, unique_layers=2, order=order, initialization=start, lora_rank=64)
+    fields = {"order": order, "initialization": start, "calibration": calibration()}
+    model = shared(family, torch.float64, unique_layers=2, lora_rank=64, **fields)
     torch.testing.assert_close(logits(model), dense, rtol=1e-8, atol=1e-8)
 
 

@@ -56,6 +56,9 @@ Values = Annotated[
 BaseModel = Annotated[str | None, typer.Option(help="pruning: the checkpoint that --criterion delta compares with.")]
 UniqueLayers = Annotated[int | None, typer.Option(help="sharing: blocks that are kept; the others use theirs.")]
 LayerOrder = Annotated[str | None, typer.Option(help="sharing: cycle or sequence.")]
+Initialization = Annotated[
+    str | None, typer.Option(help="sharing: stepwise, average, lower, or activation_aware, which needs data.")
+]
 LoraRank = Annotated[int | None, typer.Option(help="sharing: rank of every loop's own correction.")]
 InferenceIterations = Annotated[int | None, typer.Option(help="sharing: block evaluations at inference.")]
 Kinds = Annotated[str | None, typer.Option(help="auto, or some of mlp,query_key,value_output.")]

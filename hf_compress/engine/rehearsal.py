@@ -78,7 +78,8 @@ def rehearse(dense: PreTrainedModel, recipe: CompressionConfig, workload: Worklo
     total = 0.0
     for stage in recipe.stages:
         stage = _shortened(stage, depth)
-        reads_tokens = create_method(stage, resolve_anatomy(pair)).needs_calibration
+        method = create_method(stage, resolve_anatomy(pair))
+        reads_tokens = method.needs_calibration
         if reads_tokens and not anatomy.record.decoder:
             return None
         few, many = (_run(copy.deepcopy(pair), stage, workload, tokens) for tokens in (FEW, MANY))
@@ -86,7 +87,7 @@ def rehearse(dense: PreTrainedModel, recipe: CompressionConfig, workload: Worklo
         tokens = workload.tokens if reads_tokens else FEW
         # The second block of the first run is the first that nothing has to be warmed up for.
         total += depth * _at(tokens, few.blocks[1], many.blocks[0])
-        surveyed = min(tokens, SURVEYED)
+        surveyed = tokens if method.survey_reads_all else min(tokens, SURVEYED)
         if many.looped:
             # What is outside its loops over blocks, such as the head, does not grow with the depth.
             total += depth / BLOCKS * _at(surveyed, few.looped, many.looped) + many.survey - many.looped

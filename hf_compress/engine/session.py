@@ -159,6 +159,8 @@ class Method(ABC, Generic[ConfigType, StatisticsType]):
     spreads: bool = False
     #: Whether the processes that share the work survey together; otherwise one does it for the others.
     surveys_together: ClassVar[bool] = False
+    #: Whether the survey's loops over blocks run all calibration data rather than a part of a fixed size.
+    survey_reads_all: ClassVar[bool] = False
     #: Whether experts in parameters of three dimensions are compressed as well.
     reaches_experts: ClassVar[bool] = False
     #: Whether matrices whose dtype the family's class looks at are compressed as well: what replaces them has one.

@@ -5,7 +5,8 @@
 
 The texts of `--training` must not be those of `--evaluation`. `--recipe`: modular (30 % removed), codebook (2 bits, an
 adapter beside), sharing (15 of 30 layers, corrections of rank 64) or dropped (the 15 layers of least influence left
-out). One JSON line before, one after.
+out). One JSON line before, one after. Processes of `accelerate launch` share the work; `--batch-size` is then that of
+one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from setting import Setting, parser_for
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -51,7 +54,13 @@ def compressed(recipe: str, setting: Setting) -> Any:
     configs: dict[str, Any] = {
         "modular": ModularDecompositionConfig(reduction=0.3, calibration=setting.source),
         "codebook": CodebookConfig(bits=2, calibration=setting.source),
-        "sharing": LayerSharingConfig(unique_layers=15, lora_rank=64),
+        "sharing": LayerSharingConfig(
+            unique_layers=15,
+            order="sequence",
+            initialization="activation_aware",
+            lora_rank=64,
+            calibration=setting.source,
+        ),
     }
     return hf_compress.compress(model, configs[recipe])
 
@@ -63,7 +72,8 @@ class StopAfter(TrainerCallback):
         self.end = time.monotonic() + seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= time.monotonic() > self.end
+        # One process's clock may be a step ahead of another's.
+        control.should_training_stop |= any(gather_object([time.monotonic() > self.end]))
 
 
 def main() -> None:
@@ -77,17 +87,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=300, help="of the learning rate's schedule")
     arguments = parser.parse_args()
-    setting = Setting(arguments)
+    setting, processes = Setting(arguments), PartialState(cpu=not torch.accelerator.is_available())
     teacher = setting.load()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     student = compressed(arguments.recipe, setting)
     line = {"recipe": arguments.recipe, "parameters": sum(p.numel() for p in student.parameters())}
-    print(json.dumps({**line, "healed": False, **setting.evaluate(student)}), flush=True)
+    processes.print(json.dumps({**line, "healed": False, **setting.evaluate(student)}), flush=True)
     # Adam's steps are smaller than bfloat16's digits.
     student = student.float().train()
     source = CalibrationConfig(
         [path.read_text() for path in arguments.training],
-        num_samples=arguments.steps * arguments.batch_size,
+        num_samples=arguments.steps * arguments.batch_size * processes.num_processes,
         sequence_length=arguments.length,
         num_held_out=0,
     )
@@ -121,7 +131,8 @@ def main() -> None:
     )
     minutes = round((time.monotonic() - began) / 60, 1)
     line = {**line, "method": arguments.method, "steps": steps[-1], "minutes": minutes}
-    print(json.dumps({**line, "healed": True, **setting.evaluate(result.to(setting.dtype))}), flush=True)
+    line |= {"processes": processes.num_processes, "healed": True}
+    processes.print(json.dumps({**line, **setting.evaluate(result.to(setting.dtype))}), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from ...engine.blocks import (
     take_tokens,
     text_positions,
 )
+from ...engine.input_grams import patches
 from ...engine.session import Session
 from . import mathematics
 from .configuration import CodebookConfig
-from .statistics import patches
 
 CHOICES = (2, 3, 4)
 # Tokens of the pass that measures gradients, and rows of a matrix whose rounding error is measured.

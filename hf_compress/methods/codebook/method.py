@@ -16,6 +16,7 @@ from torch import Tensor
 from ...anatomy import Experts, ModelAnatomy, dense_rows, weight_count
 from ...engine.blocks import Batch, BlockStream, model_inputs, run_until, text_positions, warn_unreached
 from ...engine.experts import ExpertStatistics, Place
+from ...engine.input_grams import InputStatistics, collect_inputs
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.results import merged
@@ -33,7 +34,6 @@ from .experts import CodebookExperts
 from .learning import code_matrices
 from .modules import CodebookConv2d, CodebookEmbedding, CodebookLinear, CodebookSharedLinear, coded_layer
 from .parts import Part, coded_experts, format_of, parts_of_block, parts_outside
-from .statistics import InputStatistics, collect_inputs
 from .tuning import tune_block
 
 # How much of the residual stream's drift the last matrix of a block makes up for.

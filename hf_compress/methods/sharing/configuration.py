@@ -29,7 +29,9 @@ class LayerSharingConfig(MethodConfig):
             layers use one.
         initialization (`str`, *optional*): the matrices of the kept blocks are those of layers in equal distances
             (`"stepwise"`), of the lowest layers (`"lower"`), or the mean over the layers that share
-            (`"average"`). By default average with `lora_rank`, stepwise without.
+            (`"average"`). By default average with `lora_rank`, stepwise without. `"activation_aware"` needs
+            calibration data and pays with `lora_rank`: those matrices and corrections that lose least of what the
+            layers put out.
         lora_rank (`int`, defaults to 0): rank of a correction that every loop has of its own, from the truncated SVD
             of the difference to its original matrix.
         share (`list[str]`): kinds of matrices that are shared: `"query_key"`, `"value_output"`, `"mlp"`, `"other"`.
@@ -46,7 +48,7 @@ class LayerSharingConfig(MethodConfig):
 
     unique_layers: int | None = Field(default=None, ge=1)
     order: Literal["cycle", "sequence"] = "cycle"
-    initialization: Literal["stepwise", "average", "lower"] | None = None
+    initialization: Literal["stepwise", "average", "lower", "activation_aware"] | None = None
     lora_rank: int = Field(default=0, ge=0)
     share: tuple[SharedKind, ...] = SHARED_KINDS
     share_norms: bool = False
@@ -57,10 +59,10 @@ class LayerSharingConfig(MethodConfig):
 
     @property
     def needs_data(self) -> bool:
-        return False
+        return self.initialization == "activation_aware"
 
     @property
-    def start(self) -> Literal["stepwise", "average", "lower"]:
+    def start(self) -> Literal["stepwise", "average", "lower", "activation_aware"]:
         """The initialisation, chosen where it is not given."""
         return self.initialization or ("average" if self.lora_rank else "stepwise")
 

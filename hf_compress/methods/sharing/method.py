@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from transformers.models.albert.modeling_albert import AlbertTransformer
 
 from ...anatomy import ModelAnatomy, dense_rows, join
+from ...engine.activations import filed, read
+from ...engine.blocks import warn_unreached
 from ...engine.exclusion import is_excluded
 from ...engine.freed import return_freed_memory
+from ...engine.input_grams import collect_inputs
 from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
@@ -19,6 +22,7 @@ from ...errors import ConfigurationError, NumericalError, UnsupportedModelError
 from . import mathematics
 from .blocks import SharedAlbertTransformer, SharedBlocks
 from .configuration import LayerSharingConfig
+from .fitting import fit
 from .modules import SharedLinear, SharedModule
 from .stepping import check_layer_types, running_blocks, schedule_of
 
@@ -28,7 +32,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
     """Few blocks, run many times."""
 
     config_class = LayerSharingConfig
-    needs_calibration = False
+    survey_reads_all = True
     needs_whole_model = "makes one matrix of those of several blocks"
     leaves = (
         SharedLinear.layout_type,
@@ -40,9 +44,12 @@ class LayerSharing(Method[LayerSharingConfig, None]):
 
     def __init__(self, config: LayerSharingConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
+        self.needs_calibration = config.needs_data
         self.running = running_blocks(anatomy.model)
         self.albert = _albert(anatomy.model)
+        # Matrices that are kept, by their places; corrections and what they lose, by those of the layers.
         self._initial: dict[str, Tensor] = {}
+        self._fitted: dict[str, tuple[tuple[Tensor, Tensor] | None, float]] = {}
         if len(anatomy.stacks) > 1:
             first = [repr(anatomy.block_paths[own.start]) for own in anatomy.stacks]
             raise UnsupportedModelError(
@@ -138,6 +145,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             return Expectation()
         layout: list[dict[str, Any]] = []
         copies = 0  # of the matrices that are kept, beside those of all layers
+        largest = 0
         for block in range(len(self.anatomy)):
             owner = self.assigned.index(self.assigned[block])
             for path, _ in self._shared(block):
@@ -149,11 +157,23 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                 }
                 layout.append({"path": path, "type": SharedLinear.layout_type, "spec": spec})
                 copies += int(module.weight.numel() * module.weight.element_size()) if owner == block else 0
+                largest = max(largest, dense_rows(module).shape[1])
             if self.config.share_norms and owner != block:
                 for path, _ in self._norms(block):
                     spec = {"source": self._path_in(owner, path, block)}
                     layout.append({"path": path, "type": SharedModule.layout_type, "spec": spec})
-        return Expectation(layout, statistics_bytes=copies)
+        if not self.needs_calibration:
+            return Expectation(layout, statistics_bytes=copies)
+        return Expectation(layout, largest_gram=largest, statistics_bytes=copies + self._fitting_bytes())
+
+    def _fitting_bytes(self) -> int:
+        """The Grams of the layers that wait for the last of their group, a little more as matrices of one input share
+        theirs; and what a group is solved with: matrices and differences, roots and metrics, in float64."""
+        shapes = [dense_rows(self.anatomy.model.get_submodule(path)).shape for path, _ in self._shared(0)]
+        group = max(self.assigned.count(kept) for kept in self.assigned)
+        waiting = group if self.order == "sequence" else len(self.anatomy)
+        held = waiting * sum(8 * columns**2 for _, columns in shapes)
+        return held + max((16 * group * (columns**2 + rows * columns) for rows, columns in shapes), default=0)
 
     def _norms(self, block: int) -> list[tuple[str, nn.Module]]:
         """Modules of a block with parameters of their own that are no matrices."""
@@ -168,7 +188,10 @@ class LayerSharing(Method[LayerSharingConfig, None]):
     def survey(self, session: Session) -> None:
         if self.config.unique_layers is None:
             return
-        self._take_initial()
+        if self.needs_calibration:
+            self._fit_initial(session)
+        else:
+            self._take_initial()
         session.notes["unique_layers"] = self.config.unique_layers
         for block in range(len(self.anatomy)):
             shared = {path for path, _ in self._shared(block)}
@@ -176,17 +199,53 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                 f"{path}: not shared" for path, _ in self.anatomy.block_matrices(block) if path not in shared
             )
 
-    def decisions(self) -> dict[str, Any]:
-        return {}
+    def decisions(self) -> dict[str, Any] | None:
+        # What is fitted to data is as large as the model.
+        return None if self.needs_calibration else {}
 
     def restore(self, decisions: dict[str, Any]) -> None:
         if self.config.unique_layers is not None:
             self._take_initial()
 
+    def _groups(self) -> list[list[int]]:
+        """For every kept block the layers that use it."""
+        layers = range(len(self.anatomy))
+        return [[layer for layer in layers if self.assigned[layer] == kept] for kept in range(max(self.assigned) + 1)]
+
+    def _fit_initial(self, session: Session) -> None:
+        """The matrices that are kept and all corrections, group by group on one dense pass over the data."""
+        groups, grams = self._groups(), dict[str, Any]()
+        unreached: list[str] = []
+        stream = session.stream(session.batches)
+        for block in session.progress(range(len(self.anatomy)), "survey"):
+            paths = [path for path, _ in self._shared(block)]
+            with collect_inputs(self.anatomy.model, paths, None) as statistics:
+                stream.advance(block)
+            unreached += [path for path in paths if path not in statistics.grams]
+            grams.update(filed(statistics.grams, session.activations))
+            if block == groups[self.assigned[block]][-1]:
+                self._fit_group(groups[self.assigned[block]], grams)
+        if unreached:
+            warn_unreached(unreached)
+
+    def _fit_group(self, layers: list[int], grams: dict[str, Any]) -> None:
+        """What some layers share; their Grams go."""
+        get = self.anatomy.model.get_submodule
+        for path, _ in self._shared(layers[0]):
+            places = [self._path_in(layer, path, layers[0]) for layer in layers]
+            seen = [read(grams.pop(place, None)) for place in places]
+            try:
+                found = fit([dense_rows(get(place)) for place in places], seen, self.config.lora_rank)
+            except NumericalError as failure:
+                raise NumericalError(f"{path}: {failure}.") from failure
+            self._initial[path] = found.matrix
+            self._fitted.update(zip(places, zip(found.corrections, found.errors, strict=True), strict=True))
+
     def _take_initial(self) -> None:
         """The matrices that are kept, by their places, while all layers are as they were."""
-        depth, unique = len(self.anatomy), max(self.assigned) + 1
-        layers = mathematics.initial_layers(depth, unique, self.assigned, self.config.start)
+        depth, unique, start = len(self.anatomy), max(self.assigned) + 1, self.config.start
+        assert start != "activation_aware"
+        layers = mathematics.initial_layers(depth, unique, self.assigned, start)
         for kept in range(unique):
             owner = self.assigned.index(kept)
             for path, _ in self._shared(owner):
@@ -237,6 +296,12 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             layer.weight.copy_(self._initial[path].unsqueeze(0))
         if own_bias and layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
+        if path in self._fitted:
+            correction, lost = self._fitted.pop(path)
+            if correction is not None and layer.lora_A is not None and layer.lora_B is not None:
+                layer.lora_A.copy_(correction[0])
+                layer.lora_B.copy_(correction[1])
+            return layer, lost
         difference = dense.double() - self._initial[self._path_in(owner, path, block)].double()
         if layer.lora_A is not None and layer.lora_B is not None:
             if not torch.isfinite(difference).all():

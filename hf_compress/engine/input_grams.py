@@ -1,4 +1,4 @@
-"""What learned codebooks measure of a block: Grams of the inputs of its matrices."""
+"""What a method may measure of a block: Grams of the inputs of its matrices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...anatomy import Experts
-from ...calibration.statistics import gram
-from ...engine.blocks import real_tokens
-from ...engine.experts import ExpertStatistics, collect_experts
+from ..anatomy import Experts
+from ..calibration.statistics import gram
+from .blocks import real_tokens
+from .experts import ExpertStatistics, collect_experts
 
 
 @dataclass
