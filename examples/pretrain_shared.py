@@ -4,8 +4,9 @@
     python examples/pretrain_shared.py --text train.txt --held-out test.txt --out runs/fixed
     python examples/pretrain_shared.py --text train.txt --held-out test.txt --out runs/native-6 --layers 6
 
-The first two make the same model of 12 loops, with random step sizes in training and without; the third is a model of
-6 layers that shares its block as well, for comparison. Bytes are tokens, so that the head costs little. Text may come
+The first two make the same model of 12 loops, with random step sizes in training (from 6 to 12 iterations; another
+least number may follow the option) and without; the third is a model of 6 layers that shares its block as well, for
+comparison. Bytes are tokens, so that the head costs little. Text may come
 from several files. An interrupted run goes on where it stopped. At the end a JSON line for every number of iterations:
 loss on held-out text in nats a byte, scaled steps beside plain truncation, the Adams-Bashforth solver and steps that
 grow or shrink to the double, and milliseconds of a forward pass.
@@ -118,13 +119,16 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
         schedule = running.schedule
         running.set_schedule(Schedule(schedule.loops, (1.0,) * count), "euler")
         line["unscaled"] = round(held_out_loss(model, batches), 4)
-        if architecture == "decoder":
-            running.set_schedule(schedule, "adams_bashforth")
-            line["adams_bashforth"] = round(held_out_loss(model, batches), 4)
-        running.set_schedule(schedule, "euler")
-        for name, sizes in (("growing", torch.linspace(1, 2, count)), ("shrinking", torch.linspace(2, 1, count))):
-            model.set_iterations(steps=(sizes.double() * depth / sizes.sum().double()).tolist())
+        growing, shrinking = torch.linspace(1, 2, count).double(), torch.linspace(2, 1, count).double()
+        for name, sizes in (("growing", growing), ("shrinking", shrinking)):
+            model.set_iterations(steps=(sizes * depth / sizes.sum()).tolist())
             line[name] = round(held_out_loss(model, batches), 4)
+            if architecture == "decoder" and name == "growing":
+                running.set_schedule(running.schedule, "adams_bashforth")
+                line["growing_adams_bashforth"] = round(held_out_loss(model, batches), 4)
+                running.set_schedule(schedule, "adams_bashforth")
+                line["adams_bashforth"] = round(held_out_loss(model, batches), 4)
+            running.set_schedule(schedule, "euler")
         print(json.dumps(line), flush=True)
     model.set_iterations()
 
@@ -138,7 +142,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--random-steps", action="store_true")
+    parser.add_argument("--random-steps", type=int, nargs="?", const=0, metavar="LEAST")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -146,7 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     set_seed(0)
     model = make_model(arguments.architecture, arguments.layers, arguments.width, arguments.length)
-    callbacks = [RandomStepCallback(max(arguments.layers // 4, 1))] if arguments.random_steps else []
+    least = arguments.random_steps or arguments.layers // 2
+    callbacks = [] if arguments.random_steps is None else [RandomStepCallback(least)]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, IDS, calibration, logits, make_model
+from conftest import EXPERTS, FAMILIES, IDS, calibration, logits, make_model
 from encoders import ENCODERS, features, make_encoder
 from safetensors.torch import load_file
 from torch import nn
@@ -390,6 +390,14 @@ def test_what_cannot_be_shared(fields: dict[str, Any], message: str) -> None:
         hf_compress.compress(make_model("llama"), LayerSharingConfig(**fields))
 
 
+@pytest.mark.parametrize("name", sorted(EXPERTS))
+def test_norms_of_experts_are_shared_without_their_routers(name: str, tmp_path: Path) -> None:
+    model = hf_compress.compress(make_model(name), LayerSharingConfig(unique_layers=1, share_norms=True))
+    found = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), found)
+
+
 def test_models_that_cannot_be_shared() -> None:
     model = make_model("llama")
     narrow = model.model.layers[2].mlp
@@ -401,6 +409,10 @@ def test_models_that_cannot_be_shared() -> None:
         shared("gemma2", inference_iterations=2)
     with pytest.raises(hf_compress.ConfigurationError, match="no shared blocks"):
         hf_compress.set_iterations(make_model("llama"), 2)
+    with pytest.raises(hf_compress.ConfigurationError, match=r"leaves 'model\.layers\.1\.mlp\.up_proj' out"):
+        shared(unique_layers=2, modules_to_not_convert=("layers.1.mlp.up_proj",))
+    with pytest.raises(hf_compress.ConfigurationError, match="all of whose matrices are shared"):
+        shared(inference_iterations=2, modules_to_not_convert=("layers.2.mlp.up_proj",))
     with pytest.raises(hf_compress.ConfigurationError, match="leave `unique_layers` out"):
         hf_compress.compress(albert(), LayerSharingConfig(unique_layers=1))
 

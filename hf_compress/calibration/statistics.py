@@ -38,7 +38,7 @@ def exact_half_products() -> Iterator[None]:
 def gram(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
     """`Σ xᵀx` over the rows, in float64; products in float32 (float64 for float64 input), never in half precision."""
     size = rows.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float64, device=_sum_device(rows.device))
+    total = torch.zeros(size, size, dtype=torch.float64, device=sum_device(rows.device))
     width = strip_width(size)
     exact = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
     with exact_half_products() if exact else _highest_precision():
@@ -68,7 +68,7 @@ def _mirrored(upper: Float[Tensor, "n n"], width: int) -> Float[Tensor, "n n"]:
 def head_grams(rows: Float[Tensor, "tokens heads d"]) -> Float[Tensor, "heads d d"]:
     """One Gram a head, `Σ xᵀx`, in float64."""
     heads, size = rows.shape[1:]
-    total = torch.zeros(heads, size, size, dtype=torch.float64, device=_sum_device(rows.device))
+    total = torch.zeros(heads, size, size, dtype=torch.float64, device=sum_device(rows.device))
     with _highest_precision():
         for chunk in rows.split(ROWS_PER_HEAD_PRODUCT):
             wide = chunk if chunk.dtype == torch.float64 else chunk.float()
@@ -88,7 +88,7 @@ def _highest_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _sum_device(device: torch.device) -> torch.device:
+def sum_device(device: torch.device) -> torch.device:
     """Where float64 lives: not every accelerator has it."""
     return torch.device("cpu") if device.type in ("mps", "xpu") else device
 

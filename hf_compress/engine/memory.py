@@ -122,6 +122,7 @@ class StagePeak:
         blocks = [stored_bytes(anatomy.block(index)) for index in range(len(anatomy))]
         solving = max(_solving(anatomy, index, width) for index in range(len(anatomy)))
         everything = count_weights(anatomy)[2]
+        streamed = method.collects or (method.needs_calibration and method.survey_reads_all)
         adds = getattr(model.config, "_attn_implementation", None) == "eager"
         return cls(
             model_bytes=everything + expectation.growth_bytes,
@@ -131,7 +132,7 @@ class StagePeak:
             expectation=expectation,
             needs_calibration=method.needs_calibration,
             spreads=method.spreads,
-            streams=(2 if method.sequential else 1) if method.collects else 0,
+            streams=(2 if method.sequential else 1) if streamed else 0,
             width=width,
             hidden=hidden,
             inner=max(int(getattr(config, "intermediate_size", 0) or 0), hidden),

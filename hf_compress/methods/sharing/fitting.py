@@ -10,25 +10,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...calibration.ridge import ridge_cholesky
+from ...calibration.statistics import sum_device
 from ...errors import NumericalError
 
 # Relative to a Gram's mean diagonal.
 RIDGE = 1e-3
-# Of alternating between the matrix and its corrections; more gain little.
-ROUNDS = 5
-# Singular vectors that are sought beyond the rank, and sweeps of the search; from a quarter of a matrix's size on a
-# whole decomposition takes no longer.
-OVERSAMPLING, SWEEPS, WHOLE = 16, 3, 4
+# Of alternating between the matrix and its corrections.
+ROUNDS = 20
+# Singular vectors that are sought beyond the rank, and sweeps of a search from scratch; from a quarter of a matrix's
+# size on a whole decomposition takes no longer.
+OVERSAMPLING, SWEEPS, WHOLE = 16, 4, 4
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What layers share and what each adds.
+    """What layers share and what each adds, in the dtype of the layers' own matrices.
 
     Args:
-        matrix: `S`, in the dtype of the layers' own.
+        matrix: `S`.
         corrections: `A` and `B` of every layer; `None` without a rank.
-        errors: of every layer, `‖X (W − S − B A)ᵀ‖² / ‖X Wᵀ‖²`.
+        errors: of every layer, `‖X (W − S − B A)ᵀ‖² / e`, see `fit`.
     """
 
     matrix: Float[Tensor, "rows columns"]
@@ -40,74 +41,118 @@ def fit(
     weights: Sequence[Float[Tensor, "rows columns"]],
     grams: Sequence[Float[Tensor, "columns columns"] | None],
     rank: int,
+    names: Sequence[str],
 ) -> Fit:
     """The `S`, `A_ℓ` and `B_ℓ` that lose least of what the layers put out.
 
-    Minimises `Σ_ℓ ‖X_ℓ (W_ℓ − S − B_ℓ A_ℓ)ᵀ‖² / ‖X_ℓ W_ℓᵀ‖²` by turns: given the corrections, `S` is a least-squares
-    solution; given `S`, a correction is the truncated SVD of the difference times a root of the layer's Gram. Ours:
-    Bae et al. (arXiv 2410.20672) take the mean and the truncated SVD of the difference itself, which spends the rank
-    on directions in which no input has any length.
+    Minimises `Σ_ℓ ‖X_ℓ (W_ℓ − S − B_ℓ A_ℓ)ᵀ‖² / e_ℓ` by turns, where `e_ℓ` is `‖X_ℓ W_ℓᵀ‖²`, or the group's mean of
+    it if that is more: a layer that puts out little shall not take all from the others. Given the corrections, `S` is
+    a least-squares solution; given `S`, a correction is the truncated SVD of the difference times a root of the
+    layer's Gram. Ours: Bae et al. (arXiv 2410.20672) take the mean and the truncated SVD of the difference itself,
+    which spends the rank on directions in which no input has any length.
 
     Args:
         weights: `W_ℓ`, of any dtype.
-        grams: `X_ℓᵀ X_ℓ` in float64; `None` where the layer has not seen any data, which then counts in every
-            direction alike.
+        grams: `X_ℓᵀ X_ℓ` in float64; `None` where the layer has seen nothing, which then counts in every direction
+            alike.
         rank: of the corrections; 0 for none.
+        names: of the layers, for errors.
 
     Raises:
-        NumericalError: weights or Grams that are not finite, or a factorisation that failed.
+        NumericalError: weights or Grams that are not finite, or a factorisation that failed; names the layer.
     """
-    device = grams[0].device if grams[0] is not None else weights[0].device
+    device, dtype = sum_device(weights[0].device), weights[0].dtype
     dense = [weight.to(device, torch.float64) for weight in weights]
-    if not all(torch.isfinite(weight).all() for weight in dense):
-        raise NumericalError("weights that are not finite")
-    columns = dense[0].shape[1]
-    eye = torch.eye(columns, dtype=torch.float64, device=device)
-    roots = [eye if gram is None else ridge_cholesky(gram, RIDGE) for gram in grams]
-    tiny = torch.finfo(torch.float64).tiny
-    energies = [(weight @ root).square().sum().clamp_min(tiny) for weight, root in zip(dense, roots, strict=True)]
+    roots = [_root(weight, gram, name).to(device) for weight, gram, name in zip(dense, grams, names, strict=True)]
+    energies = torch.stack([(weight @ root).square().sum() for weight, root in zip(dense, roots, strict=True)])
+    energies = torch.where(energies.any(), energies, 1)
+    energies = energies.clamp_min(float(energies.mean()))
     # With the ridge, so that both steps lower the same sum.
-    metrics = [root @ root.T / energy for root, energy in zip(roots, energies, strict=True)]
-    factor = torch.linalg.cholesky(torch.stack(metrics).sum(dim=0)) if len(metrics) > 1 else eye
+    total = torch.zeros_like(roots[0])
+    for root, energy in zip(roots, energies, strict=True):
+        total.addmm_(root, root.T / energy)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise NumericalError(f"{names[0]}: the Grams of the {len(names)} layers that share it cannot be inverted")
+    del total
 
     def shared(differences: list[Tensor]) -> Tensor:
         """The least-squares matrix for what the corrections leave, as it will be stored."""
         if len(dense) == 1:
             return weights[0].detach().to(device)
         wanted = torch.zeros_like(dense[0])
-        for weight, difference, metric in zip(dense, differences, metrics, strict=True):
-            wanted += (weight - difference) @ metric
+        for weight, difference, root, energy in zip(dense, differences, roots, energies, strict=True):
+            wanted.addmm_((weight - difference) @ root, root.T / energy)
         found: Tensor = torch.cholesky_solve(wanted.T, factor).T
-        return found.to(weights[0].dtype)
+        return found.to(dtype)
 
-    nothing = torch.zeros_like(dense[0])
-    differences = [nothing] * len(dense)
+    differences = [torch.zeros_like(dense[0])] * len(dense)
     corrections: list[tuple[Tensor, Tensor] | None] = [None] * len(dense)
+    bases: list[Tensor | None] = [None] * len(dense)
     matrix = shared(differences)
-    for sweep in range(ROUNDS if rank and len(dense) > 1 else int(rank > 0)):
-        if sweep:
+    for turn in range(ROUNDS if len(dense) > 1 else 1):
+        if rank == 0:
+            break
+        if turn:
             matrix = shared(differences)
         for layer, (weight, root) in enumerate(zip(dense, roots, strict=True)):
-            corrections[layer] = first, second = correction(weight - matrix.double(), root, rank)
+            rest = weight - matrix.double()
+            bases[layer] = basis = leading_left(rest @ root, rank, bases[layer])
+            corrections[layer] = first, second = _balanced(rest, basis[:, :rank])
             differences[layer] = second @ first
-    errors = [
-        float(((weight - matrix.double() - difference) @ root).square().sum() / energy)
-        for weight, difference, root, energy in zip(dense, differences, roots, energies, strict=True)
-    ]
+    corrections = [None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for pair in corrections]
+    errors = []
+    for weight, pair, root, energy in zip(dense, corrections, roots, energies, strict=True):
+        lost = weight - matrix.double() - (0 if pair is None else pair[1].double() @ pair[0].double())
+        errors.append(float((lost @ root).square().sum() / energy))
     return Fit(matrix.contiguous(), corrections, errors)
 
 
-def correction(
-    difference: Float[Tensor, "rows columns"], root: Float[Tensor, "columns columns"], rank: int
-) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
-    """A and B of this rank with the least `‖(D − B A) R‖`: `B A = U Uᵀ D` with the leading left singular vectors of
-    `D R`. Both get the same norm, direction by direction."""
-    product = difference @ root
-    if WHOLE * (rank + OVERSAMPLING) < min(product.shape):
-        left = torch.svd_lowrank(product, q=rank + OVERSAMPLING, niter=SWEEPS)[0]
+def _root(
+    weight: Float[Tensor, "rows columns"], gram: Float[Tensor, "columns columns"] | None, name: str
+) -> Float[Tensor, "columns columns"]:
+    """`R` with `R Rᵀ` the Gram and its ridge."""
+    if not torch.isfinite(weight).all():
+        raise NumericalError(f"{name}: weights that are not finite")
+    if gram is None:
+        return torch.eye(weight.shape[1], dtype=torch.float64)
+    try:
+        return ridge_cholesky(gram, RIDGE)
+    except NumericalError as failure:
+        raise NumericalError(f"{name}: {failure}") from failure
+
+
+def leading_left(
+    matrix: Float[Tensor, "rows columns"], rank: int, start: Float[Tensor, "rows size"] | None = None
+) -> Float[Tensor, "rows size"]:
+    """Left singular vectors to the largest singular values, some more than `rank`, the largest first.
+
+    Large matrices are searched by subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4),
+    from random directions that are the same on every machine, or in one sweep from `start`, what was found for a
+    matrix that is nearly the same.
+    """
+    size = rank + OVERSAMPLING
+    if WHOLE * size >= min(matrix.shape):
+        whole: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+        return whole
+    if start is None:
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float64)
+        start = matrix @ directions.to(matrix.device)
+        sweeps = SWEEPS
     else:
-        left = torch.linalg.svd(product, full_matrices=False)[0]
-    left = left[:, :rank]
+        sweeps = 1
+    basis = torch.linalg.qr(start)[0]
+    for _ in range(sweeps):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    found: Tensor = basis @ torch.linalg.svd(basis.T @ matrix, full_matrices=False)[0]
+    return found
+
+
+def _balanced(
+    difference: Float[Tensor, "rows columns"], left: Float[Tensor, "rows rank"]
+) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
+    """A and B with `B A = U Uᵀ D`, of equal norms direction by direction."""
     right = left.T @ difference
     norms = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return right / norms[:, None], left * norms

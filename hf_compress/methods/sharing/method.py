@@ -68,6 +68,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             self.order = config.order
             self.assigned = self._assign(config.unique_layers)
             self._require_one_shape()
+            self._require_owners()
         self.schedule = schedule_of(self.assigned, self.order, config.inference_iterations, steps)
         self.scaled = self._scaled()
         if any(step != 1.0 for step in self.schedule.steps) and self.scaled is None:
@@ -116,6 +117,19 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                     "are alike."
                 )
 
+    def _require_owners(self) -> None:
+        """Raises `ConfigurationError` where a layer is to use a matrix of a layer that is to keep its own."""
+        for block in range(len(self.anatomy)):
+            owner = self.assigned.index(self.assigned[block])
+            kept = {path for path, _ in self._shared(owner)}
+            for path, _ in self._shared(block):
+                wanted = self._path_in(owner, path, block)
+                if wanted not in kept:
+                    raise ConfigurationError(
+                        f"`modules_to_not_convert` leaves {wanted!r} out, whose matrix {path!r} would use. Name that "
+                        "of every layer, or only of layers that use another's."
+                    )
+
     def _scaled(self) -> list[str] | None:
         """The two matrices of a block whose outputs a step scales, relative to the block; `None` if there is more."""
         if self.running is not None:
@@ -127,8 +141,9 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         wanted = []
         for kind in ("value_output", "mlp"):
             wanted += [path for path, own in self.anatomy.matrices_of_kind(0) if own == kind][-1:]
-        matrices = [path for path, _ in self.anatomy.block_matrices(0)]
-        if len(wanted) != 2 or (self.albert is None and len(self._shared(0)) != len(matrices)):
+        blocks = range(len(self.anatomy) if self.albert is None else 0)
+        some = any(len(self._shared(index)) != len(self.anatomy.block_matrices(index)) for index in blocks)
+        if len(wanted) != 2 or some:
             return None
         return [path.removeprefix(f"{block}.") for path in wanted]
 
@@ -140,12 +155,17 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             if kind in self.config.share and not is_excluded(path, self.config.modules_to_not_convert)
         ]
 
+    @property
+    def collects(self) -> bool:
+        # The survey has been through the blocks.
+        return False
+
     def expect(self) -> Expectation:
         if self.config.unique_layers is None:
             return Expectation()
         layout: list[dict[str, Any]] = []
         copies = 0  # of the matrices that are kept, beside those of all layers
-        largest = 0
+        largest = corrections = 0
         for block in range(len(self.anatomy)):
             owner = self.assigned.index(self.assigned[block])
             for path, _ in self._shared(block):
@@ -157,32 +177,36 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                 }
                 layout.append({"path": path, "type": SharedLinear.layout_type, "spec": spec})
                 copies += int(module.weight.numel() * module.weight.element_size()) if owner == block else 0
-                largest = max(largest, dense_rows(module).shape[1])
+                rows, columns = dense_rows(module).shape
+                largest = max(largest, columns)
+                corrections += spec["rank"] * (rows + columns) * module.weight.element_size()
             if self.config.share_norms and owner != block:
                 for path, _ in self._norms(block):
                     spec = {"source": self._path_in(owner, path, block)}
                     layout.append({"path": path, "type": SharedModule.layout_type, "spec": spec})
         if not self.needs_calibration:
             return Expectation(layout, statistics_bytes=copies)
-        return Expectation(layout, largest_gram=largest, statistics_bytes=copies + self._fitting_bytes())
+        return Expectation(layout, largest_gram=largest, statistics_bytes=copies + corrections + self._fitting_bytes())
 
     def _fitting_bytes(self) -> int:
         """The Grams of the layers that wait for the last of their group, a little more as matrices of one input share
-        theirs; and what a group is solved with: matrices and differences, roots and metrics, in float64."""
+        theirs; and what a group is solved with, in float64: matrices, differences and roots of all its layers, and a
+        few more of one."""
         shapes = [dense_rows(self.anatomy.model.get_submodule(path)).shape for path, _ in self._shared(0)]
         group = max(self.assigned.count(kept) for kept in self.assigned)
         waiting = group if self.order == "sequence" else len(self.anatomy)
         held = waiting * sum(8 * columns**2 for _, columns in shapes)
-        return held + max((16 * group * (columns**2 + rows * columns) for rows, columns in shapes), default=0)
+        solved = [(group + 3) * (columns**2 + 2 * rows * columns) for rows, columns in shapes]
+        return held + 8 * max(solved, default=0)
 
     def _norms(self, block: int) -> list[tuple[str, nn.Module]]:
-        """Modules of a block with parameters of their own that are no matrices."""
+        """Modules of a block with vectors of their own: no matrices, routers or experts."""
         matrices = {path for path, _ in self.anatomy.block_matrices(block)}
         return [
             (path, module)
             for name, module in self.anatomy.block(block).named_modules()
             for path in [join(self.anatomy.block_paths[block], name)]
-            if name and path not in matrices and next(module.parameters(recurse=False), None) is not None
+            if name and path not in matrices and _own_dimensions(module) == 1
         ]
 
     def survey(self, session: Session) -> None:
@@ -221,23 +245,26 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             paths = [path for path, _ in self._shared(block)]
             with collect_inputs(self.anatomy.model, paths, None) as statistics:
                 stream.advance(block)
-            unreached += [path for path in paths if path not in statistics.grams]
             grams.update(filed(statistics.grams, session.activations))
             if block == groups[self.assigned[block]][-1]:
-                self._fit_group(groups[self.assigned[block]], grams)
+                self._fit_group(groups[self.assigned[block]], grams, unreached)
         if unreached:
             warn_unreached(unreached)
 
-    def _fit_group(self, layers: list[int], grams: dict[str, Any]) -> None:
-        """What some layers share; their Grams go."""
+    def _fit_group(self, layers: list[int], grams: dict[str, Any], unreached: list[str]) -> None:
+        """What some layers share; their Grams go, and those that have seen nothing but zeros are named."""
         get = self.anatomy.model.get_submodule
+        sharing = {path for layer in layers for path, _ in self._shared(layer)}
         for path, _ in self._shared(layers[0]):
             places = [self._path_in(layer, path, layers[0]) for layer in layers]
+            places = [place for place in places if place in sharing]
             seen = [read(grams.pop(place, None)) for place in places]
+            seen = [gram if gram is not None and gram.any() else None for gram in seen]
+            unreached += [place for place, gram in zip(places, seen, strict=True) if gram is None]
             try:
-                found = fit([dense_rows(get(place)) for place in places], seen, self.config.lora_rank)
+                found = fit([dense_rows(get(place)) for place in places], seen, self.config.lora_rank, places)
             except NumericalError as failure:
-                raise NumericalError(f"{path}: {failure}.") from failure
+                raise NumericalError(f"{failure}.") from failure
             self._initial[path] = found.matrix
             self._fitted.update(zip(places, zip(found.corrections, found.errors, strict=True), strict=True))
 
@@ -302,7 +329,8 @@ class LayerSharing(Method[LayerSharingConfig, None]):
                 layer.lora_A.copy_(correction[0])
                 layer.lora_B.copy_(correction[1])
             return layer, lost
-        difference = dense.double() - self._initial[self._path_in(owner, path, block)].double()
+        initial = self._initial[self._path_in(owner, path, block)].to(dense.device)
+        difference = dense.double() - initial.double()
         if layer.lora_A is not None and layer.lora_B is not None:
             if not torch.isfinite(difference).all():
                 raise NumericalError(f"{path}: weights that are not finite.")
@@ -361,6 +389,11 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             return next((path, module) for path, module in self.anatomy.model.named_modules() if module is self.albert)
         path = self.anatomy.block_paths[0].rpartition(".")[0]
         return path, self.anatomy.model.get_submodule(path)
+
+
+def _own_dimensions(module: nn.Module) -> int:
+    """Of the parameters that are no child's, the most; 0 without any."""
+    return max((parameter.dim() for parameter in module.parameters(recurse=False)), default=0)
 
 
 def _albert(model: nn.Module) -> Any:
