@@ -16,7 +16,7 @@ from ...errors import NumericalError
 # Relative to a Gram's mean diagonal.
 RIDGE = 1e-3
 # Of alternating between the matrix and its corrections.
-ROUNDS = 20
+ROUNDS = 12
 # Singular vectors that are sought beyond the rank, and sweeps of a search from scratch; from a quarter of a matrix's
 # size on a whole decomposition takes no longer.
 OVERSAMPLING, SWEEPS, WHOLE = 16, 4, 4
