@@ -159,6 +159,11 @@ def test_run_shares_layers(tiny_model: Path, text_file: Path, tmp_path: Path) ->
     data = ("--dataset", text_file, "--num-samples", 8, "--sequence-length", 64)
     result = invoke("run", tiny_model, tmp_path / "by-data", *by_data, *data)
     assert result.exit_code == 0, result.output
+    grouped = ("--method", "sharing", "--group-sizes")
+    planned = invoke("plan", tiny_model, *grouped, "1,2")
+    assert planned.exit_code == 0, planned.output
+    refused = invoke("plan", tiny_model, *grouped, "1;3")
+    assert refused.exit_code != 0 and "whole numbers with commas" in refused.output
     refused = invoke("run", tiny_model, tmp_path / "none", *options, "--initialization", "best")
     assert refused.exit_code != 0 and "initialization" in refused.output
 

@@ -148,6 +148,21 @@ def test_shared_matrices_are_stored_once(tmp_path: Path) -> None:
     )
 
 
+def test_groups_of_given_sizes(tmp_path: Path) -> None:
+    model = shared(unique_layers=2, group_sizes=[1, 3], lora_rank=2)
+    running = hf_compress.methods.sharing.stepping.running_blocks(model)
+    assert running.assigned == [0, 1, 1, 1]
+    found = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), found)
+    stage = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["recipe"]["stages"][0]
+    assert stage.pop("method") == "sharing" and LayerSharingConfig(**stage).group_sizes == (1, 3)
+    again = hf_compress.compress(make_model("llama"), LayerSharingConfig(group_sizes=(1, 3), lora_rank=2))
+    assert torch.equal(logits(again), found)
+    model.set_iterations(3)
+    assert running.schedule.steps == (1.0, 1.5, 1.5)
+
+
 @pytest.mark.parametrize("share_norms", [False, True])
 def test_saved_and_reloaded(family: str, share_norms: bool, tmp_path: Path) -> None:
     model = shared(family, torch.bfloat16, unique_layers=2, lora_rank=3, share_norms=share_norms)
@@ -381,6 +396,12 @@ def test_some_kinds_alone() -> None:
         ({"unique_layers": 2, "inference_iterations": 3}, "multiple of 2"),
         ({"unique_layers": 2, "order": "sequence", "inference_iterations": 1}, "at least 2"),
         ({"inference_iterations": 2}, "does not share its layers yet"),
+        ({"group_sizes": [1, 2]}, "`group_sizes` are 3 layers in all, and the model has 4"),
+        ({"group_sizes": [1, 0, 3]}, "from 1 on"),
+        ({"group_sizes": []}, "from 1 on|greater than or equal to 1"),
+        ({"group_sizes": [1, 3], "unique_layers": 3}, "`unique_layers` is 3"),
+        ({"group_sizes": [1, 3], "order": "cycle"}, "'cycle'; leave these out"),
+        ({"group_sizes": [1, 3], "inference_iterations": 1}, "at least 2"),
         ({}, "nothing to do"),
         ({"lora_rank": 3, "inference_iterations": 2}, "no effect without `unique_layers`"),
     ],

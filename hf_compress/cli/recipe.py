@@ -56,6 +56,9 @@ Values = Annotated[
 BaseModel = Annotated[str | None, typer.Option(help="pruning: the checkpoint that --criterion delta compares with.")]
 UniqueLayers = Annotated[int | None, typer.Option(help="sharing: blocks that are kept; the others use theirs.")]
 LayerOrder = Annotated[str | None, typer.Option(help="sharing: cycle or sequence.")]
+GroupSizes = Annotated[
+    str | None, typer.Option(help="sharing: layers in a row that share each kept block, such as 1,1,3,3,1.")
+]
 Initialization = Annotated[
     str | None, typer.Option(help="sharing: stepwise, average, lower, or activation_aware, which needs data.")
 ]
@@ -176,6 +179,18 @@ def parse_kinds(text: str | None) -> str | list[str] | None:
     if text is None or text == "auto":
         return text
     return [kind.strip() for kind in text.split(",") if kind.strip()]
+
+
+def parse_group_sizes(text: str | None) -> list[int] | None:
+    """`"1,1,3"`; raises `ConfigurationError` for anything else."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(
+            f"--group-sizes {text!r}: expected whole numbers with commas between, such as 1,1,3."
+        ) from None
 
 
 def parse_temperature(text: str | None) -> float | str | None:

@@ -137,6 +137,7 @@ def _shortened(stage: MethodConfig, depth: int) -> MethodConfig:
     unique = getattr(stage, "unique_layers", None)
     if unique is not None:
         changes |= {"unique_layers": 1 if unique < depth else BLOCKS, "inference_iterations": None, "steps": None}
+        changes["group_sizes"] = None
     if getattr(stage, "allocation", "") == "search":
         changes["allocation"] = "block_influence"
     return stage.model_copy(update=changes)

@@ -37,6 +37,9 @@ class LayerSharingConfig(MethodConfig):
         share (`list[str]`): kinds of matrices that are shared: `"query_key"`, `"value_output"`, `"mlp"`, `"other"`.
         share_norms (`bool`, defaults to `False`): share norms and biases as well, instead of one set a loop.
         uneven_groups (`bool`, defaults to `False`): allow `unique_layers` that does not divide the depth.
+        group_sizes (`list[int]`, *optional*): how many layers in a row share each kept block, in place of
+            `unique_layers` and `order`, e.g. `[1, 1, 3, 3, 3, 2, 1]`. First and last layers change most and are worth
+            a block of their own.
         inference_iterations (`int`, *optional*): block evaluations at inference, from the number of groups to the
             depth; `set_iterations` changes it at any time.
         steps (`list[float]`, *optional*): their step sizes, which sum to the depth. Equal if not given.
@@ -53,6 +56,7 @@ class LayerSharingConfig(MethodConfig):
     share: tuple[SharedKind, ...] = SHARED_KINDS
     share_norms: bool = False
     uneven_groups: bool = False
+    group_sizes: tuple[int, ...] | None = None
     inference_iterations: int | None = Field(default=None, ge=1)
     steps: tuple[float, ...] | None = None
     solver: Solver = "euler"
@@ -66,6 +70,15 @@ class LayerSharingConfig(MethodConfig):
         """The initialisation, chosen where it is not given."""
         return self.initialization or ("average" if self.lora_rank else "stepwise")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_group_sizes(cls, fields: Any) -> Any:
+        """Groups of given sizes are blocks in sequence."""
+        sizes = fields.get("group_sizes") if isinstance(fields, dict) else None
+        if not isinstance(sizes, (list, tuple)):
+            return fields
+        return {"unique_layers": len(sizes), "order": "sequence", **fields}
+
     @model_validator(mode="after")
     def _consistent(self) -> Any:
         if self.unique_layers is None:
@@ -74,6 +87,14 @@ class LayerSharingConfig(MethodConfig):
                     raise ValueError(f"`{name}` has no effect without `unique_layers`")
             if self.inference_iterations is None and self.steps is None:
                 raise ValueError("give `unique_layers`, `inference_iterations` or `steps`; there is nothing to do")
+        if self.group_sizes is not None:
+            if not self.group_sizes or any(size < 1 for size in self.group_sizes):
+                raise ValueError("`group_sizes` must be whole numbers from 1 on")
+            if self.unique_layers != len(self.group_sizes) or self.order != "sequence":
+                raise ValueError(
+                    f"`group_sizes` names {len(self.group_sizes)} groups in sequence, and `unique_layers` is "
+                    f"{self.unique_layers}, `order` {self.order!r}; leave these out"
+                )
         if not self.share:
             raise ValueError("`share` names no kind of matrices")
         if self.steps is not None:

@@ -91,7 +91,11 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         return [int(layer / (depth / groups)) for layer in range(depth)]
 
     def _assign(self, unique: int) -> list[int]:
-        depth = len(self.anatomy)
+        depth, sizes = len(self.anatomy), self.config.group_sizes
+        if sizes is not None:
+            if sum(sizes) != depth:
+                raise ConfigurationError(f"`group_sizes` are {sum(sizes)} layers in all, and the model has {depth}.")
+            return [block for block, size in enumerate(sizes) for _ in range(size)]
         if unique > depth:
             raise ConfigurationError(f"`unique_layers` is {unique}, and the model has {depth} layers.")
         if depth % unique and not self.config.uneven_groups:
