@@ -55,8 +55,7 @@ def compressed(recipe: str, setting: Setting) -> Any:
         "modular": ModularDecompositionConfig(reduction=0.3, calibration=setting.source),
         "codebook": CodebookConfig(bits=2, calibration=setting.source),
         "sharing": LayerSharingConfig(
-            unique_layers=15,
-            order="sequence",
+            group_sizes=(1, 1, 3, 3, 3, *[2] * 9, 1),
             initialization="activation_aware",
             lora_rank=64,
             calibration=setting.source,
