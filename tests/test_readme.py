@@ -87,6 +87,7 @@ AlbertModel(AlbertConfig(**sizes, num_hidden_layers=12, embedding_size=16, vocab
 deep = LlamaConfig.from_pretrained("tiny")
 deep.num_hidden_layers = 30
 LlamaForCausalLM(deep).save_pretrained("deep")
+AutoTokenizer.from_pretrained("tiny").save_pretrained("deep")
 images = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 10} for index in range(32)]
 
 def collate(rows):

@@ -32,8 +32,8 @@ class LayerSharingConfig(MethodConfig):
             (`"average"`). By default average with `lora_rank`, stepwise without. `"activation_aware"` needs
             calibration data and pays with `lora_rank`: those matrices and corrections that lose least of what the
             layers put out.
-        lora_rank (`int`, defaults to 0): rank of a correction that every loop has of its own, from the truncated SVD
-            of the difference to its original matrix.
+        lora_rank (`int`, defaults to 0): rank of a correction that every loop has of its own: the truncated SVD of the
+            difference to its original matrix, for `"activation_aware"` in the metric of its inputs.
         share (`list[str]`): kinds of matrices that are shared: `"query_key"`, `"value_output"`, `"mlp"`, `"other"`.
         share_norms (`bool`, defaults to `False`): share norms and biases as well, instead of one set a loop.
         uneven_groups (`bool`, defaults to `False`): allow `unique_layers` that does not divide the depth.
