@@ -152,6 +152,11 @@ def test_groups_of_given_sizes(tmp_path: Path) -> None:
     model = shared(unique_layers=2, group_sizes=[1, 3], lora_rank=2)
     running = hf_compress.methods.sharing.stepping.running_blocks(model)
     assert running.assigned == [0, 1, 1, 1]
+    # The first layer is as it was and has nothing to correct.
+    assert [running._modules[str(layer)].mlp.up_proj.rank for layer in range(4)] == [0, 2, 2, 2]
+    assert torch.equal(
+        running._modules["0"].mlp.up_proj.shared_weight(), make_model("llama").model.layers[0].mlp.up_proj.weight
+    )
     found = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), found)

@@ -70,10 +70,10 @@ def fit(
     # With the ridge, so that both steps lower the same sum.
     total = torch.zeros_like(roots[0])
     for root, energy in zip(roots, energies, strict=True):
-        total.addmm_(root, root.T / energy)
+        total.addmm_(root, root.T, alpha=1 / float(energy))
     factor, failed = torch.linalg.cholesky_ex(total)
     if failed:
-        raise NumericalError(f"{names[0]}: the Grams of the {len(names)} layers that share it cannot be inverted")
+        raise NumericalError(f"{names[0]}: the Grams of the {len(names)} layers that share it cannot be inverted.")
     del total
 
     def shared(differences: list[Tensor]) -> Tensor:
@@ -82,7 +82,7 @@ def fit(
             return weights[0].detach().to(device)
         wanted = torch.zeros_like(dense[0])
         for weight, difference, root, energy in zip(dense, differences, roots, energies, strict=True):
-            wanted.addmm_((weight - difference) @ root, root.T / energy)
+            wanted.addmm_((weight - difference) @ root, root.T, alpha=1 / float(energy))
         found: Tensor = torch.cholesky_solve(wanted.T, factor).T
         return found.to(dtype)
 
@@ -113,13 +113,13 @@ def _root(
 ) -> Float[Tensor, "columns columns"]:
     """`R` with `R Rᵀ` the Gram and its ridge."""
     if not torch.isfinite(weight).all():
-        raise NumericalError(f"{name}: weights that are not finite")
+        raise NumericalError(f"{name}: weights that are not finite.")
     if gram is None:
         return torch.eye(weight.shape[1], dtype=torch.float64)
     try:
         return ridge_cholesky(gram, RIDGE)
     except NumericalError as failure:
-        raise NumericalError(f"{name}: {failure}") from failure
+        raise NumericalError(f"{name}: {failure}.") from failure
 
 
 def leading_left(

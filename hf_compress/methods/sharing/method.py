@@ -174,16 +174,16 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             owner = self.assigned.index(self.assigned[block])
             for path, _ in self._shared(block):
                 module: Any = self.anatomy.model.get_submodule(path)
+                (rows, columns), rank = dense_rows(module).shape, self._rank(block, dense_rows(module))
                 spec = {
                     "source": None if owner == block else self._path_in(owner, path, block),
-                    "rank": min(self.config.lora_rank, *dense_rows(module).shape),
+                    "rank": rank,
                     "bias": module.bias is not None and (owner == block or not self.config.share_norms),
                 }
                 layout.append({"path": path, "type": SharedLinear.layout_type, "spec": spec})
+                corrections += rank * (rows + columns) * module.weight.element_size()
                 copies += int(module.weight.numel() * module.weight.element_size()) if owner == block else 0
-                rows, columns = dense_rows(module).shape
                 largest = max(largest, columns)
-                corrections += spec["rank"] * (rows + columns) * module.weight.element_size()
             if self.config.share_norms and owner != block:
                 for path, _ in self._norms(block):
                     spec = {"source": self._path_in(owner, path, block)}
@@ -235,6 +235,11 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         if self.config.unique_layers is not None:
             self._take_initial()
 
+    def _rank(self, block: int, matrix: Tensor) -> int:
+        """Of a layer's correction. One that shares with no other has nothing to correct."""
+        alone = self.assigned.count(self.assigned[block]) == 1
+        return 0 if alone else min(self.config.lora_rank, *matrix.shape)
+
     def _groups(self) -> list[list[int]]:
         """For every kept block the layers that use it."""
         layers = range(len(self.anatomy))
@@ -265,10 +270,8 @@ class LayerSharing(Method[LayerSharingConfig, None]):
             seen = [read(grams.pop(place, None)) for place in places]
             seen = [gram if gram is not None and gram.any() else None for gram in seen]
             unreached += [place for place, gram in zip(places, seen, strict=True) if gram is None]
-            try:
-                found = fit([dense_rows(get(place)) for place in places], seen, self.config.lora_rank, places)
-            except NumericalError as failure:
-                raise NumericalError(f"{failure}.") from failure
+            rank = self._rank(layers[0], dense_rows(get(path)))
+            found = fit([dense_rows(get(place)) for place in places], seen, rank, places)
             self._initial[path] = found.matrix
             self._fitted.update(zip(places, zip(found.corrections, found.errors, strict=True), strict=True))
 
@@ -318,7 +321,7 @@ class LayerSharing(Method[LayerSharingConfig, None]):
         module = self.anatomy.model.get_submodule(path)
         dense, bias = dense_rows(module), getattr(module, "bias", None)
         own_bias = bias is not None and (owner == block or not self.config.share_norms)
-        rank = min(self.config.lora_rank, *dense.shape)
+        rank = self._rank(block, dense)
         source = None if owner == block else self._path_in(owner, path, block)
         layer = SharedLinear(
             dense.shape[1], dense.shape[0], own_bias, source=source, rank=rank, device=dense.device, dtype=dense.dtype
