@@ -102,7 +102,7 @@ def test_the_loss_is_the_sum_of_its_terms(kind: str, tmp_path: Path) -> None:
     second = torch.log_softmax(theirs.logits[:, :-1][wanted] / 3, -1)
     expected = 0.7 * 9 * divergence(first, second, kind).mean() + 0.3 * own.loss
     states = [
-        (a - b).square().mean() / b.square().mean()
+        ((a - b).square().mean(-1) / b.square().mean(-1)).mean()
         for a, b in zip(own.hidden_states, theirs.hidden_states, strict=True)
     ]
     torch.testing.assert_close(found, expected + 0.4 * torch.stack(states).mean())
@@ -206,6 +206,21 @@ def test_texts_of_unequal_length_are_padded_with_their_labels(tokenizer: Any, tm
         processing_class=padding,
     )
     assert math.isfinite(run.train().training_loss)
+
+
+def test_no_place_outweighs_all_others(tmp_path: Path) -> None:
+    """A language model's first token has states a thousand times as long; elsewhere there may be none."""
+    run = trainer(make_model("llama", seed=1), make_model("llama"), tmp_path, hidden_state_weight=1.0)
+    theirs = [torch.ones(2, 8, 32) for _ in run.layer_pairs]
+    for state in theirs:
+        state[0, 0] = 1000
+    wrong = [state.clone() for state in theirs]
+    for state in wrong:
+        state[1, 3] = 3
+    torch.testing.assert_close(run._hidden_states(wrong, theirs, None), torch.tensor(4 / 16))
+    for state in theirs:
+        state[1, 3] = 0
+    torch.testing.assert_close(run._hidden_states(wrong, theirs, None), torch.tensor(9 * 100 / 16))
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

@@ -21,7 +21,7 @@ class DistillationConfig(TrainingArguments):  # type: ignore[misc]
         kl_weight (`float`, defaults to 0.9): share of the divergence; the labels' cross entropy has the rest.
         divergence (`str`, defaults to `"forward_kl"`): `"forward_kl"`, `"reverse_kl"` or `"jensen_shannon"`.
         hidden_state_weight (`float`, defaults to 0.0): weight of the mean squared error between hidden states,
-            relative to the teacher's mean square.
+            at every place relative to the teacher's mean square there.
         layer_mapping (`list[list[int]]`, *optional*): pairs of a student's and a teacher's hidden state, 0 being the
             embedding. By default all of the student's, to the teacher's at equal relative depth.
         teacher_top_k (`int`, *optional*): compare the teacher's likeliest classes and the rest of all others only.

@@ -3,10 +3,10 @@
     python tests/benchmarks/recovery.py --model MODEL --calibration valid.tokens.txt --evaluation test.joined.txt \
         --training train.txt --recipe modular --method full --minutes 30
 
-The texts of `--training` must not be those of `--evaluation`. `--recipe`: modular (30 % removed), codebook (2 bits, an
-adapter beside), sharing (15 of 30 layers, corrections of rank 64) or dropped (the 15 layers of least influence left
-out). One JSON line before, one after. Processes of `accelerate launch` share the work; `--batch-size` is then that of
-one.
+The texts of `--training` must not be those of `--evaluation`; of a .jsonl file the fields `text` are read. `--recipe`:
+modular (30 % removed), codebook (2 bits, an adapter beside), sharing (15 of 30 layers, corrections of rank 64) or
+dropped (the 15 layers of least influence left out). One JSON line before, one after. Processes of `torchrun` share
+the work; `--batch-size` is then that of one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from transformers import AutoTokenizer, TrainerCallback
 
 import hf_compress
 from hf_compress import CalibrationConfig, CodebookConfig, LayerSharingConfig, ModularDecompositionConfig
+
+
+def text_of(path: Path) -> str:
+    """What a file says; passages of JSON lines follow one another."""
+    if path.suffix != ".jsonl":
+        return path.read_text()
+    return "\n\n".join(json.loads(line)["text"] for line in path.read_text().splitlines())
 
 
 def block_influence(model: Any, rows: torch.Tensor) -> list[float]:
@@ -82,6 +89,8 @@ def main() -> None:
     parser.add_argument("--method", default="full", choices=["full", "lora"])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--kl-weight", type=float, default=1.0, help="the text's own tokens have the rest")
+    parser.add_argument("--hidden-state-weight", type=float, default=0.0)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=300, help="of the learning rate's schedule")
@@ -95,7 +104,7 @@ def main() -> None:
     # Adam's steps are smaller than bfloat16's digits.
     student = student.float().train()
     source = CalibrationConfig(
-        [path.read_text() for path in arguments.training],
+        [text_of(path) for path in arguments.training],
         num_samples=arguments.steps * arguments.batch_size * processes.num_processes,
         sequence_length=arguments.length,
         num_held_out=0,
@@ -121,8 +130,9 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         bf16=True,
-        kl_weight=1.0,
+        kl_weight=arguments.kl_weight,
         temperature=1.0,
+        hidden_state_weight=arguments.hidden_state_weight,
         use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=True,
         logging_steps=20,
