@@ -10,6 +10,9 @@ comparison. Bytes are tokens, so that the head costs little. Text may come from 
 on where it stopped. At the end a JSON line for every number of iterations: loss on held-out text in nats a byte,
 scaled steps beside plain truncation, the Adams-Bashforth solver and steps that grow or shrink to the double, and
 milliseconds of a forward pass.
+
+`--architecture encoder` (ALBERT) does not get beyond the bytes' own frequencies, 3.25 nats, in 500 steps at the
+default learning rate of 1e-3; at 3e-4 it begins to. It has not been trained to the end.
 """
 
 from __future__ import annotations
