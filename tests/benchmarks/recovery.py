@@ -25,13 +25,14 @@ from transformers import AutoTokenizer, TrainerCallback
 
 import hf_compress
 from hf_compress import CalibrationConfig, CodebookConfig, LayerSharingConfig, ModularDecompositionConfig
+from hf_compress.evaluation.examples import read_records
 
 
 def text_of(path: Path) -> str:
     """What a file says; passages of JSON lines follow one another."""
     if path.suffix != ".jsonl":
         return path.read_text()
-    return "\n\n".join(json.loads(line)["text"] for line in path.read_text().splitlines())
+    return "\n\n".join(record["text"] for record in read_records(path, ("text",)))
 
 
 def block_influence(model: Any, rows: torch.Tensor) -> list[float]:
