@@ -77,7 +77,10 @@ def make_model(architecture: str, layers: int, width: int, length: int) -> Any:
 
 def rows_of(paths: list[Path], length: int) -> torch.Tensor:
     """The bytes of some files in rows: (rows, length)."""
-    data = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8).long()
+    text = bytearray(b"".join(path.read_bytes() for path in paths))
+    if len(text) < length:
+        raise SystemExit(f"{' '.join(map(str, paths))}: {len(text)} bytes, and a row has {length}.")
+    data = torch.frombuffer(text, dtype=torch.uint8).long()
     return data[: len(data) // length * length].view(-1, length)
 
 
@@ -131,6 +134,8 @@ def milliseconds(model: Any, ids: torch.Tensor, repeats: int = 7) -> float:
     for _ in range(repeats):
         began = time.perf_counter()
         model(input_ids=ids)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         times.append(1000 * (time.perf_counter() - began))
     return median(times[1:])
 
@@ -142,7 +147,11 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
     wanted = HELD_OUT_BYTES[architecture] // length
     # From all over the files.
     rows = rows[:: max(len(rows) // wanted, 1)][:wanted]
-    batches = [collate(list(part)) for part in rows.split(max(4096 // length, 1))]
+    batches = [
+        {name: tensor.to(model.device) for name, tensor in collate(list(part)).items()}
+        for part in rows.split(max(4096 // length, 1))
+    ]
+    ids = rows[: max(1024 // length, 1)].to(model.device)
     running = running_blocks(model)
     depth = running.depth
     for share in (1.0, 0.75, 2 / 3, 0.5, 1 / 3, 0.25):
@@ -151,7 +160,7 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
         line = {
             "iterations": count,
             "of": depth,
-            "milliseconds": round(milliseconds(model, rows[: max(1024 // length, 1)]), 2),
+            "milliseconds": round(milliseconds(model, ids), 2),
         }
         line["scaled"] = round(held_out_loss(model, batches), 4)
         schedule = running.schedule
@@ -184,7 +193,7 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     set_seed(0)
-    rows = rows_of(arguments.text, arguments.length)
+    rows, held_out = (rows_of(paths, arguments.length) for paths in (arguments.text, arguments.held_out))
     model = make_model(arguments.architecture, arguments.layers, arguments.width, arguments.length)
     if arguments.architecture == "encoder":
         prepare_encoder(model, rows)
@@ -214,7 +223,6 @@ def main() -> None:
     last = get_last_checkpoint(str(arguments.out)) if arguments.out.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(arguments.out))
-    held_out = rows_of(arguments.held_out, arguments.length).to(model.device)
     evaluate(model.eval(), held_out, arguments.architecture)
 
 

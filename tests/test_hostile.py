@@ -403,7 +403,7 @@ def test_a_card_full_of_marks_is_left_alone(seeds: dict[str, Checkpoint], tmp_pa
 
 
 def test_counters_of_a_training_are_numbers() -> None:
-    state = TrainingState(torch.nn.Linear(2, 2), 0.5)
+    state = TrainingState(torch.nn.Linear(2, 2), 0.5, 0)
     state._set(0, float("nan"))
     with pytest.raises(CheckpointError, match="counters"):
         _ = state.step

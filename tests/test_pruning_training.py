@@ -138,6 +138,38 @@ def test_what_was_pruned_may_grow_again_until_the_end() -> None:
     assert not layer.weight[~mask].any()
 
 
+@pytest.mark.parametrize("criterion", ["delta", "movement"])
+def test_what_was_pruned_is_judged_by_its_value_and_comes_back_with_it(criterion: str) -> None:
+    """Against a loop that keeps the values beside the zeros."""
+    model = make_model("llama").train()
+    pruner = Pruner(
+        model, config(criterion=criterion, sparsity=0.6, scope="layer", start_step=1, end_step=15, update_interval=3)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layer = model.model.layers[1].mlp.up_proj
+    start = layer.weight.detach().clone()
+    values, moved, kept = start.clone(), torch.zeros_like(start), torch.ones_like(start, dtype=torch.bool)
+    returned = 0
+    for number in range(1, 16):
+        # Other tokens every time, so that the ranking changes.
+        ids = IDS.roll(number, dims=1).add(number) % model.config.vocab_size
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        values = torch.where(kept, layer.weight.detach(), values)
+        moved -= values * layer.weight.grad
+        pruner.update(number)
+        optimizer.zero_grad()
+        before, kept = kept, layer.pruning_mask.clone()
+        if not torch.equal(before, kept):
+            scores = moved if criterion == "movement" else (values - start).abs()
+            assert scores[kept].min() >= scores[~kept].max()
+            torch.testing.assert_close(layer.weight[kept], values[kept])
+            assert not layer.weight[~kept].any()
+            returned += int((kept & ~before).sum())
+    assert returned > 0
+    assert float(kept.float().mean()) == pytest.approx(0.4, abs=1e-3)
+
+
 def test_trainer_prunes_and_saves(tmp_path: Path) -> None:
     model = make_model("llama")
     run = trainer(model, tmp_path, [PruningCallback(config(start_step=0.1, end_step=0.8))])
@@ -224,6 +256,22 @@ def test_checkpoints_of_other_trainings_are_refused(tmp_path: Path) -> None:
     run = trainer(make_model("llama"), tmp_path, [PruningCallback(config())], **arguments)
     with pytest.raises(hf_compress.ConfigurationError, match=r"sparsity of 0\.5, and this one goes to 0\.9"):
         run.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-8"))
+
+    run = trainer(
+        make_model("llama"), tmp_path, [PruningCallback(config(sparsity=0.5, criterion="delta"))], **arguments
+    )
+    with pytest.raises(hf_compress.ConfigurationError, match="another criterion"):
+        run.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-8"))
+
+
+def test_what_an_unfinished_training_gathered_is_left_out_of_the_next() -> None:
+    model = make_model("llama").train()
+    pruner = Pruner(model, config(criterion="movement"))
+    model(IDS, labels=IDS).loss.backward()
+    pruner.update(1)
+    assert any("pruning_value" in name for name in model.state_dict())
+    Pruner(model, config(criterion="magnitude"))
+    assert not any("pruning_value" in name or "pruning_score" in name for name in model.state_dict())
 
 
 def test_matrices_left_out_of_a_second_pruning_keep_their_zeros(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ..engine.report import CompressionReport
 from ..engine.weights import count_weights
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of
-from ..methods.pruning.configuration import PruningConfig
+from ..methods.pruning.configuration import CRITERIA, PruningConfig
 from ..methods.pruning.gathering import Gathering
 from ..methods.pruning.masks import (
     apply_masks,
@@ -81,10 +81,11 @@ class Pruner:
         _check_whole(self.modules)
         attach_masks(self.modules.values())
         zeros = any(not bool(mask.all()) for mask in self._masks().values())
-        self._before = {path: mask.clone() for path, mask in self._masks().items()} if zeros else None
+        self._before = {path: mask.clone() for path, mask in self._masks().items()} if zeros else {}
         self._structure = removable_groups(self.anatomy, parts) if config is not None and config.structured else None
         self._gathering = None if config is None else Gathering(config, self.modules)
-        self._state = TrainingState(next(iter(self.modules.values())), 0.0 if config is None else config.sparsity)
+        holder, target = next(iter(self.modules.values())), 0.0 if config is None else config.sparsity
+        self._state = TrainingState(holder, target, _number(config))
         self._terms: tuple[float, float] | None = None
         self._window: tuple[int, int] | None = None
         if total_steps is not None:
@@ -195,13 +196,19 @@ class Pruner:
         if self._state.step != step:
             raise ConfigurationError(
                 f"the checkpoint of step {step} holds no masks of that step: it was written without a "
-                "PruningCallback, or not loaded into this model. Start the training afresh."
+                "PruningCallback, or not loaded into this model (Transformers' Trainer does not find weights that it "
+                "saves under other names than the model has). Start the training afresh."
             )
         wanted = 0.0 if self.config is None else self.config.sparsity
         if abs(self._state.target - wanted) > 1e-6:
             raise ConfigurationError(
                 f"the checkpoint was written by a pruning to a sparsity of {self._state.target:g}, and this one goes "
                 f"to {wanted:g}. Resume with the recipe that it was made with."
+            )
+        if self._state.criterion != _number(self.config):
+            raise ConfigurationError(
+                "the checkpoint was written by a pruning with another criterion. Resume with the recipe that it was "
+                "made with."
             )
         if self._state.finished:
             self._close()
@@ -228,10 +235,11 @@ class Pruner:
                     self._close()
         if chosen or self.finished:
             apply_masks(self.modules.values())
-        elif self._before is not None:
-            for path, module in self.modules.items():
-                weight = module.get_parameter("weight")
-                weight.masked_fill_(~self._before[path].to(weight.device), 0.0)
+        elif self._gathering is not None and self._gathering.keeps_values:
+            apply_masks(self.modules.values())  # what grew from a zero is neither judged nor given back
+        else:
+            for path, mask in self._zeros_before().items():
+                self.modules[path].get_parameter("weight").masked_fill_(~mask, 0.0)
         apply_masks(self._held.values())
         self._state.step = step
 
@@ -252,7 +260,8 @@ class Pruner:
             masks = self._structure.masks(scores)
         else:
             transposed = [path for path, module in self.modules.items() if isinstance(module, Conv1D)]
-            masks = select(scores, target, self.config.compared, self._before, transposed)
+            masks = select(scores, target, self.config.compared, self._zeros_before() or None, transposed)
+        self._gathering.exchange(masks)
         for path, mask in masks.items():
             own = mask_of(self.modules[path])
             assert own is not None
@@ -260,6 +269,12 @@ class Pruner:
         if step >= end and self._structure is None:
             warn_if_undecided(scores, masks)
         return True
+
+    def _zeros_before(self) -> dict[str, torch.Tensor]:
+        """What is kept of matrices that had zeros when the training began, where the weights are by now."""
+        return {
+            path: mask.to(self.modules[path].get_parameter("weight").device) for path, mask in self._before.items()
+        }
 
     def _close(self) -> None:
         if self._gathering is not None:
@@ -319,6 +334,11 @@ class Pruner:
         provenance = self.earlier.get("provenance") or describe_run(str(model.config.name_or_path or ""), model)
         attach_result(model, {"stages": stages or [recipe.to_dict()]}, report, provenance)
         return model
+
+
+def _number(config: PruningConfig | None) -> int:
+    """Of a recipe's criterion; -1 where only zeros are kept."""
+    return -1 if config is None else CRITERIA.index(config.criterion)
 
 
 def _replace(model: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -50,7 +50,8 @@ class PruningConfig(MethodConfig):
             `end_step` along Zhu and Gupta's cubic curve.
         start_step, end_step (`int` or `float`): optimizer steps of a training, or shares of it below 1.
         update_interval (`int`, defaults to 8): steps between two choices of what is zero, with the cubic schedule.
-            What was pruned may grow again in between until the schedule ends.
+            What was pruned may grow again until the schedule ends; with `"delta"` and `"movement"` it comes back with
+            the value it had, by which it is judged while it is gone.
         decay (`float`, defaults to 0.98): of the running mean of `"sensitivity"` in a training.
         magnitude_weight (`float`, defaults to 0.001): the α of `"snip_magnitude"`. It belongs to a mean cross entropy.
         normalize (`bool`, defaults to `False`): divide both terms of `"snip_magnitude"` by their means first.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ...errors import NumericalError
 from .configuration import PruningConfig
-from .masks import SCORE, START
+from .masks import SCORE, START, VALUE, mask_of
 from .scores import all_finite, scores_now
 
 
 class Gathering:
     """The criterion's view of a training.
+
+    `"delta"` and `"movement"` judge a weight that was pruned by the value that it had, which it comes back with, as in
+    movement pruning (Sanh et al., arXiv 2005.07683). Judged by its zero it would have changed more than any weight
+    that is kept, and once it grew from there it would only ever move away from zero.
 
     Args:
         config: criterion and its constants.
@@ -25,12 +31,39 @@ class Gathering:
     def __init__(self, config: PruningConfig, modules: dict[str, nn.Module]) -> None:
         self.config, self.modules = config, modules
         self.terms: tuple[float, float] | None = None
+        self.close()  # what a training left that was not finished
         for module in modules.values():
             weight = module.get_parameter("weight")
             if config.criterion in ("sensitivity", "movement"):
                 module.register_buffer(SCORE, torch.zeros_like(weight, dtype=torch.float32))
             elif config.criterion == "delta":
                 module.register_buffer(START, weight.detach().clone())
+            if self.keeps_values:
+                module.register_buffer(VALUE, weight.detach().clone())
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether a pruned weight has a value that stands beside its zero."""
+        return self.config.criterion in ("delta", "movement")
+
+    def _judged(self, module: nn.Module) -> Tensor:
+        """A module's weight, with the values that pruned ones had."""
+        weight, mask = module.get_parameter("weight").detach(), mask_of(module)
+        if mask is None or not self.keeps_values:
+            return weight
+        return torch.where(mask, weight, module.get_buffer(VALUE))
+
+    @torch.no_grad()
+    def exchange(self, masks: Mapping[str, Tensor]) -> None:
+        """Before `masks` take the place of the modules' own: keep the values of what goes, give back those of what
+        returns."""
+        for path, new in masks.items() if self.keeps_values else ():
+            module = self.modules[path]
+            own, value = mask_of(module), module.get_buffer(VALUE)
+            assert own is not None
+            value.copy_(self._judged(module))
+            weight, returns = module.get_parameter("weight"), new.to(own.device) & ~own
+            weight.copy_(torch.where(returns, value, weight))
 
     def gradients(self) -> dict[str, Tensor] | None:
         """Of the step just made; `None` where one is not finite.
@@ -59,7 +92,7 @@ class Gathering:
             return False
         for path, gradient in gradients.items():
             module = self.modules[path]
-            product, score = module.get_parameter("weight").float() * gradient, module.get_buffer(SCORE)
+            product, score = self._judged(module).float() * gradient, module.get_buffer(SCORE)
             if self.config.criterion == "movement":
                 score.sub_(product)
             else:
@@ -81,7 +114,7 @@ class Gathering:
         config = self.config
         if config.criterion in ("sensitivity", "movement"):
             return {path: module.get_buffer(SCORE) for path, module in self.modules.items()}
-        weights = {path: module.get_parameter("weight").detach() for path, module in self.modules.items()}
+        weights = {path: self._judged(module) for path, module in self.modules.items()}
         if config.criterion == "delta":
             start = {path: module.get_buffer(START) for path, module in self.modules.items()}
             return scores_now(config, weights, start=start)[0]
@@ -94,5 +127,5 @@ class Gathering:
     def close(self) -> None:
         """Free what was gathered."""
         for module in self.modules.values():
-            for name in (SCORE, START):
+            for name in (SCORE, START, VALUE):
                 module._buffers.pop(name, None)

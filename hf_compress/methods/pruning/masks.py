@@ -23,8 +23,8 @@ from .configuration import Values
 from .format import store
 from .modules import SparseLinear
 
-MASK, SCORE, START, STATE = "pruning_mask", "pruning_score", "pruning_start", "pruning_state"
-BUFFERS = (MASK, SCORE, START, STATE)
+MASK, SCORE, START, VALUE, STATE = (f"pruning_{name}" for name in ("mask", "score", "start", "value", "state"))
+BUFFERS = (MASK, SCORE, START, VALUE, STATE)
 # How the values of an opened layer were stored.
 STORED = "pruning_values"
 

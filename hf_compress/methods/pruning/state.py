@@ -11,7 +11,7 @@ from ...errors import CheckpointError
 from .masks import STATE
 
 # Places in the buffer.
-_STEP, _FINISHED, _OBSERVED, _SKIPPED, _TARGET = range(5)
+_STEP, _FINISHED, _OBSERVED, _SKIPPED, _TARGET, _CRITERION = range(6)
 
 
 class TrainingState:
@@ -20,6 +20,7 @@ class TrainingState:
     Args:
         holder: the module that keeps the buffer.
         target: the sparsity that is pruned to.
+        criterion: the number of the criterion.
 
     Attributes:
         step: the last step that was seen.
@@ -27,10 +28,12 @@ class TrainingState:
         observed, skipped: steps whose gradients the scores have seen, and those that were not finite.
     """
 
-    def __init__(self, holder: nn.Module, target: float) -> None:
+    def __init__(self, holder: nn.Module, target: float, criterion: int) -> None:
         self._holder = holder
         weight = holder.get_parameter("weight")
-        values = torch.tensor([0.0, 0.0, 0.0, 0.0, target], dtype=torch.float32, device=weight.device)
+        values = torch.tensor(
+            [0.0, 0.0, 0.0, 0.0, target, float(criterion)], dtype=torch.float32, device=weight.device
+        )
         holder.register_buffer(STATE, values)
 
     def _get(self, place: int) -> float:
@@ -71,6 +74,10 @@ class TrainingState:
     @property
     def target(self) -> float:
         return self._get(_TARGET)
+
+    @property
+    def criterion(self) -> int:
+        return int(self._get(_CRITERION))
 
     def count(self, seen: bool | None) -> None:
         """A step that the scores have seen, or could not; `None` for a criterion that gathers nothing."""
