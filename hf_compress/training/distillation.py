@@ -29,6 +29,7 @@ from .pairs import (
     require_same_classes,
     state_at,
 )
+from .saved_names import accept_saved_names
 from .teacher_cache import TeacherCache
 
 PROJECTIONS = "distillation_projections.safetensors"
@@ -68,6 +69,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if teacher_model is None:
             raise ConfigurationError("`teacher_model` is missing: a model, or an id or path.")
         student = inner_model(model)
+        accept_saved_names(student)
         teacher = teacher_model
         if isinstance(teacher_model, (str, Path)):
             require_same_classes(student.config, AutoConfig.from_pretrained(teacher_model))

@@ -196,8 +196,7 @@ class Pruner:
         if self._state.step != step:
             raise ConfigurationError(
                 f"the checkpoint of step {step} holds no masks of that step: it was written without a "
-                "PruningCallback, or not loaded into this model (Transformers' Trainer does not find weights that it "
-                "saves under other names than the model has). Start the training afresh."
+                "PruningCallback, or not loaded into this model. Start the training afresh."
             )
         wanted = 0.0 if self.config is None else self.config.sparsity
         if abs(self._state.target - wanted) > 1e-6:

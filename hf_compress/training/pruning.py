@@ -11,6 +11,7 @@ from ..errors import ConfigurationError
 from ..layout import TRAINED
 from ..methods.pruning.configuration import PruningConfig
 from .pruner import Pruner
+from .saved_names import accept_saved_names
 
 
 class PruningCallback(TrainerCallback):  # type: ignore[misc]
@@ -47,6 +48,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         # Before the optimizer is made and a checkpoint is loaded.
+        accept_saved_names(model)
         self.pruner = Pruner(model, self.config)
 
     def on_train_begin(

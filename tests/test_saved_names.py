@@ -1,0 +1,133 @@
+"""Resuming trainings of models that Transformers saves under other names than their modules have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+import hf_compress
+from hf_compress import (
+    DistillationConfig,
+    DistillationTrainer,
+    LayerSharingConfig,
+    PruningCallback,
+    PruningConfig,
+    RandomStepCallback,
+)
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_labels": 3,
+}
+
+
+def vit() -> PreTrainedModel:
+    set_seed(0)
+    return ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=64))
+
+
+def dinov2() -> PreTrainedModel:
+    set_seed(0)
+    return Dinov2ForImageClassification(Dinov2Config(**SIZES))
+
+
+MODELS = [vit, dinov2]
+
+
+def arguments(directory: Path, **fields: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(directory),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **fields,
+    }
+
+
+def rows() -> list[dict[str, Any]]:
+    pixels = torch.randn(32, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": image, "labels": number % 3} for number, image in enumerate(pixels)]
+
+
+def pruning(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
+    recipe = PruningConfig(
+        sparsity=0.8, criterion="sensitivity", schedule="cubic", start_step=1, end_step=6, update_interval=1
+    )
+    args = TrainingArguments(**arguments(directory, **fields))
+    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows()[:4], callbacks=[PruningCallback(recipe)])
+
+
+def distilling(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
+    args = DistillationConfig(**arguments(directory, **fields))
+    return DistillationTrainer(
+        model, vit() if isinstance(model, ViTForImageClassification) else dinov2(), args, train_dataset=rows()
+    )
+
+
+def sharing(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
+    hf_compress.compress(model, LayerSharingConfig(unique_layers=2))
+    args = TrainingArguments(**arguments(directory, **fields))
+    return Trainer(model, args, train_dataset=rows(), callbacks=[RandomStepCallback(2)])
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("train", [pruning, distilling, sharing])
+def test_resuming_brings_back_everything(
+    train: Callable[..., Trainer], make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    whole = train(make(), tmp_path / "whole")
+    whole.train()
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    assert not saved.keys() <= whole.model.state_dict().keys()
+    resumed = train(make(), tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for (name, one), (again, other) in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
+    ):
+        assert name == again
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    fields = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # not the last one, which the model is already
+        "max_steps": 16,
+    }
+    run = pruning(dinov2(), tmp_path, **fields)
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best is not None and Path(best).name != "checkpoint-16"
+    stored = Dinov2ForImageClassification.from_pretrained(best).state_dict()
+    dense = run.model.dequantize().state_dict()
+    assert any("attention" in name for name in dense)
+    for name, tensor in dense.items():
+        torch.testing.assert_close(tensor, stored[name], rtol=1e-2, atol=1e-3)  # values in half precision
