@@ -157,11 +157,7 @@ def evaluate(model: Any, rows: torch.Tensor, architecture: str) -> None:
     for share in (1.0, 0.75, 2 / 3, 0.5, 1 / 3, 0.25):
         count = round(share * depth)
         model.set_iterations(count)
-        line = {
-            "iterations": count,
-            "of": depth,
-            "milliseconds": round(milliseconds(model, ids), 2),
-        }
+        line = {"iterations": count, "of": depth, "milliseconds": round(milliseconds(model, ids), 2)}
         line["scaled"] = round(held_out_loss(model, batches), 4)
         schedule = running.schedule
         running.set_schedule(Schedule(schedule.loops, (1.0,) * count), "euler")

@@ -43,8 +43,8 @@ class Gathering:
 
     @property
     def keeps_values(self) -> bool:
-        """Whether a pruned weight has a value that stands beside its zero."""
-        return self.config.criterion in ("delta", "movement")
+        """Whether a pruned weight has a value that stands beside its zero: in a single shot nothing returns."""
+        return self.config.schedule == "cubic" and self.config.criterion in ("delta", "movement")
 
     def _judged(self, module: nn.Module) -> Tensor:
         """A module's weight, with the values that pruned ones had."""
