@@ -31,7 +31,8 @@ def check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
     if packed is not None:
         raise CompressionError(
             f"the adapter cannot be merged: {packed!r} keeps its weights as codes. Keep the adapter beside the "
-            "compressed model, or call dequantize() on the compressed model before the adapter is attached."
+            "compressed model, or call dequantize() on the compressed model before the adapter is attached; where "
+            "weights were pruned, the merge then fills their zeros."
         )
     original(tuner)
 

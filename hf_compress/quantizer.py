@@ -31,6 +31,7 @@ from .layout import (
     replay,
 )
 from .provenance import report_in
+from .saved_names import accept_saved_names
 from .saving import kept_beside_parameters, state_to_save
 
 
@@ -157,6 +158,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         model.is_quantized = False
         self._packed = bool(kept_beside_parameters(model))
         model._ddp_params_and_buffers_to_ignore = _constant_buffers(model)
+        accept_saved_names(model)
         if not hasattr(model, "compression_report"):
             model.compression_report = report_in(self.quantization_config.provenance)
         for path, module in list(model.named_modules()):

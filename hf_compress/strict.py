@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .checked import short
 from .errors import ConfigurationError
 
 
@@ -34,6 +35,6 @@ def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             subject = f"`{where}`: " if where else ""
-            got = f" (got {item['input']!r})" if where and item["type"] != "missing" else ""
+            got = f" (got {short(item['input'])})" if where and item["type"] != "missing" else ""
             lines.append(f"{subject}{message}{got}")
     return f"{recipe.__name__}: " + " ".join(lines)

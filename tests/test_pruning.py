@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import IDS, calibration, logits, make_model, token_ids
 from encoders import ENCODERS, IMAGES, features, inputs, make_encoder
+from families import make
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -239,6 +241,24 @@ def test_a_classifier_with_labels_and_its_fresh_head(tmp_path: Path) -> None:
         pruned(classifier(), criterion="snip", calibration=image_task())
 
 
+def test_a_head_for_another_number_of_classes_is_fresh(tmp_path: Path) -> None:
+    model = classifier()
+    torch.nn.init.normal_(model.classifier.bias)
+    model.save_pretrained(tmp_path)
+
+    def load(labels: int) -> None:
+        config = PruningConfig(sparsity=0.9, criterion="snip", calibration=image_task())
+        AutoModelForImageClassification.from_pretrained(
+            tmp_path, num_labels=labels, ignore_mismatched_sizes=True, compression_config=config
+        )
+
+    with pytest.warns(UserWarning, match=r"biases of the head.*warmup_steps"):
+        load(12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(10)
+
+
 def test_pruning_again_never_un_prunes(tmp_path: Path) -> None:
     first = pruned(sparsity=0.5)
     first.save_pretrained(tmp_path / "half")
@@ -411,6 +431,15 @@ def test_whole_heads_and_columns(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_what_structure_cannot_remove_is_counted() -> None:
+    """Query, key and value of GPT-NeoX are one matrix, which stays whole."""
+    with pytest.warns(UserWarning, match=r"of the 50\.0% asked for"):
+        model = pruned(make("gpt_neox"), sparsity=0.5, structured=True)
+    report = model.compression_report
+    assert report.notes["removed_share"] == pytest.approx(report.block_linear_reduction, abs=1e-3)
+    assert all(0 < row.error < 0.5 for row in report.modules)
+
+
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_whole_heads_and_columns_of_encoders(name: str, tmp_path: Path) -> None:
     model = pruned(make_encoder(name), sparsity=0.4, structured=True)
@@ -446,18 +475,45 @@ def tampered(folder: Path, name: str, change: Any) -> None:
         ("weight", lambda t: torch.full_like(t, 254)),
         ("weight", torch.zeros_like),
         ("weight", lambda t: torch.full_like(t, 255)),
+        # As many places as before, the last one where it was: only the checksum tells.
+        ("weight", lambda t: t.flip(0)),
+        ("weight", lambda t: torch.cat([t[:1] + 1, t[1:2] - 1, t[2:]])),
         ("values", lambda t: torch.full_like(t, torch.nan)),
     ],
 )
 def test_damaged_tensors_are_refused(name: str, change: Any, tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
     tampered(tmp_path, name, change)
-    if name == "weight" and change is torch.zeros_like:
-        # Every weight at the front of the matrix: as many as there should be, and the checkpoint says nothing else.
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-        return
     with pytest.raises(hf_compress.CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_without_a_checksum_load(tmp_path: Path) -> None:
+    """Those of earlier versions."""
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for entry in stored["quantization_config"]["layout"]:
+        assert len(entry["spec"].pop("checksum")) == 8
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_could_not_be_loaded_is_not_saved(value: float, tmp_path: Path) -> None:
+    model = pruned()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").values[3] = value
+    with pytest.raises(hf_compress.CompressionError, match=r"layers\.1\.mlp\.up_proj"):
+        model.save_pretrained(tmp_path)
+
+
+def test_changes_behind_autograd_are_seen_after_eval() -> None:
+    model = pruned(sparsity=0.5)
+    before = logits(model)
+    for layer in layers(model).values():
+        layer.values.data.mul_(0.5)
+    assert not torch.equal(logits(model.eval()), before)
 
 
 @pytest.mark.parametrize("name", ["weight", "values"])
@@ -482,6 +538,7 @@ def test_a_missing_tensor_is_refused(name: str, tmp_path: Path) -> None:
         ({"sparsity": 0.5, "end_step": 9}, "no effect"),
         ({"sparsity": 0.5, "base_model_checksum": "x"}, "no effect without `base_model`"),
         ({"sparsity": 0.5, "structured": True, "scope": "row"}, "no meaning"),
+        ({"sparsity": 0.5, "base_model": "x"}, "`base_model` has no effect"),
     ],
 )
 def test_recipes_that_make_no_sense(fields: dict[str, Any], message: str) -> None:

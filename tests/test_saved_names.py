@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
     Dinov2Config,
@@ -17,14 +18,18 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
     set_seed,
 )
 
 import hf_compress
 from hf_compress import (
+    CalibrationConfig,
+    CodebookConfig,
     DistillationConfig,
     DistillationTrainer,
     LayerSharingConfig,
+    ModularDecompositionConfig,
     PruningCallback,
     PruningConfig,
     RandomStepCallback,
@@ -94,8 +99,22 @@ def sharing(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
     return Trainer(model, args, train_dataset=rows(), callbacks=[RandomStepCallback(2)])
 
 
+def healing(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
+    """A compressed model, part of which is dense, in a plain Trainer without a callback of ours."""
+    data = Dataset.from_list(rows())
+    source = CalibrationConfig(data, num_samples=24, num_held_out=4, data_collator=default_data_collator)
+    hf_compress.compress(model, ModularDecompositionConfig(reduction=0.2, kinds=["mlp"], calibration=source))
+    return Trainer(model, TrainingArguments(**arguments(directory, **fields)), train_dataset=rows())
+
+
+def coded(model: PreTrainedModel, directory: Path, **fields: Any) -> Trainer:
+    """The same, where every matrix of the blocks has another name in the file."""
+    hf_compress.compress(model, CodebookConfig(bits=4, learning="none", trainable_codebooks=True))
+    return Trainer(model, TrainingArguments(**arguments(directory, **fields)), train_dataset=rows())
+
+
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("train", [pruning, distilling, sharing])
+@pytest.mark.parametrize("train", [pruning, distilling, sharing, healing, coded])
 def test_resuming_brings_back_everything(
     train: Callable[..., Trainer], make: Callable[[], PreTrainedModel], tmp_path: Path
 ) -> None:

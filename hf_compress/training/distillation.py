@@ -18,6 +18,7 @@ from transformers import (
 
 from ..engine.resume import model_checksum
 from ..errors import ConfigurationError
+from ..saved_names import accept_saved_names
 from .configuration import DistillationConfig
 from .divergence import divergence, log_probabilities, top_classes, with_the_rest
 from .pairs import (
@@ -29,7 +30,6 @@ from .pairs import (
     require_same_classes,
     state_at,
 )
-from .saved_names import accept_saved_names
 from .teacher_cache import TeacherCache
 
 PROJECTIONS = "distillation_projections.safetensors"

@@ -13,13 +13,16 @@ from ..anatomy import resolve_anatomy
 from ..engine.compress import attach_result, describe_run
 from ..engine.report import CompressionReport
 from ..engine.weights import count_weights
-from ..errors import ConfigurationError, UnsupportedModelError
+from ..errors import ConfigurationError, NumericalError
 from ..layout import layout_of
-from ..methods.pruning.configuration import CRITERIA, PruningConfig
-from ..methods.pruning.gathering import Gathering
+from ..methods.pruning.configuration import PruningConfig
+from ..methods.pruning.gathering import GATHERED, Gathering
 from ..methods.pruning.masks import (
+    BEFORE,
+    MARK,
     apply_masks,
     attach_masks,
+    has_lost_masks,
     mask_of,
     masked_modules,
     open_layers,
@@ -27,12 +30,13 @@ from ..methods.pruning.masks import (
     sparse_layer,
 )
 from ..methods.pruning.mathematics import cubic_sparsity
-from ..methods.pruning.method import Pruning, report_row
+from ..methods.pruning.method import report_row
 from ..methods.pruning.parts import prunable_parts
-from ..methods.pruning.scores import rounded_ratio, warn_if_fresh_head
+from ..methods.pruning.scores import all_finite, rounded_ratio, warn_if_fresh_head
 from ..methods.pruning.selection import select, sparsity_of, warn_if_undecided
 from ..methods.pruning.state import TrainingState
 from ..methods.pruning.structured import removable_groups
+from .pruning_checks import check_head, check_recipe, check_whole, plain_model
 
 
 class Pruner:
@@ -43,6 +47,7 @@ class Pruner:
         optimizer = torch.optim.AdamW(model.parameters())      # after the Pruner
         for step in range(1, 1001):
             loss(model).backward()
+            pruner.before_step(step)                           # holds back NaN, and the body in a warm-up
             optimizer.step()
             pruner.update(step)                                # before the gradients are cleared
             optimizer.zero_grad()
@@ -62,10 +67,12 @@ class Pruner:
     """
 
     def __init__(self, model: Any, config: PruningConfig | None = None, *, total_steps: int | None = None) -> None:
-        model = _plain_model(model)
+        model = plain_model(model)
         self.model, self.config = model, config
         self.earlier: dict[str, Any] = {}
-        self._check(model, config)
+        check_recipe(model, config)
+        if config is not None and config.warmup_steps:
+            check_head(model)
         anatomy = resolve_anatomy(model)
         self._counts_before = count_weights(anatomy)
         if layout_of(model):
@@ -78,15 +85,18 @@ class Pruner:
         self.modules = {path: model.get_submodule(path) for path in pruned}
         # Pruned before and left out of this recipe: their zeros stay.
         self._held = {path: module for path, module in already.items() if path not in self.modules}
-        _check_whole(self.modules)
+        check_whole(self.modules)
+        self._lost = has_lost_masks(model)
         attach_masks(self.modules.values())
-        zeros = any(not bool(mask.all()) for mask in self._masks().values())
-        self._before = {path: mask.clone() for path, mask in self._masks().items()} if zeros else {}
+        setattr(model.config, MARK, True)
+        zeros = sum(int((~mask).sum()) for mask in self._masks().values())
+        for path, mask in self._masks().items() if zeros else ():
+            self.modules[path].register_buffer(BEFORE, mask.clone())
         self._structure = removable_groups(self.anatomy, parts) if config is not None and config.structured else None
         self._gathering = None if config is None else Gathering(config, self.modules)
-        holder, target = next(iter(self.modules.values())), 0.0 if config is None else config.sparsity
-        self._state = TrainingState(holder, target, _number(config))
-        self._terms: tuple[float, float] | None = None
+        self._state = TrainingState(next(iter(self.modules.values())), config, zeros)
+        # The last steps that `before_step` has seen, and has taken the gradients of.
+        self._prepared = self._dropped = -1
         self._window: tuple[int, int] | None = None
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -99,42 +109,6 @@ class Pruner:
             and not config.warmup_steps
         ):
             warn_if_fresh_head(model)
-
-    @staticmethod
-    def _check(model: PreTrainedModel, config: PruningConfig | None) -> None:
-        types = {entry["type"] for entry in layout_of(model)}
-        if types - set(Pruning.continues):
-            raise ConfigurationError(
-                f"the model holds compressed modules ({', '.join(sorted(types))}) that cannot be pruned. Prune the "
-                "dense original."
-            )
-        if config is None and not types and not masked_modules(model):
-            raise ConfigurationError(
-                "the model has no pruned matrices whose zeros could be kept. Give a PruningConfig, or load the model "
-                "with compression_config=PruningConfig(...)."
-            )
-        if config is None:
-            return
-        if config.criterion == "wanda":
-            raise ConfigurationError('PruningConfig: `criterion="wanda"` is for models that are not trained.')
-        if config.calibration is not None:
-            raise ConfigurationError(
-                "PruningConfig: `calibration` has no effect in a training, which has its own data."
-            )
-        if config.structured and (types or masked_modules(model)):
-            raise ConfigurationError(
-                "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one single "
-                "weights are pruned already. Begin with the dense original."
-            )
-        if config.base_model is not None:
-            raise ConfigurationError(
-                "PruningConfig: `base_model` has no effect in a training: the weights at its start are the base."
-            )
-        if config.criterion in ("delta", "movement") and config.schedule == "single_shot" and not config.start_step:
-            raise ConfigurationError(
-                f"PruningConfig: criterion {config.criterion!r} knows nothing at the start of a training. Give "
-                '`start_step`, or schedule="cubic" with `end_step`.'
-            )
 
     def _open(self, model: PreTrainedModel) -> None:
         stored = model.config.quantization_config
@@ -185,49 +159,83 @@ class Pruner:
     @property
     def score_ratio(self) -> float | None:
         """Sum of |w·g| over the sum of α w² when `"snip_magnitude"` was last worked out."""
-        return None if self._terms is None or not self._terms[1] else self._terms[0] / self._terms[1]
+        terms = self._state.terms
+        return None if terms is None or not terms[1] else terms[0] / terms[1]
 
     def resume(self, step: int) -> None:
         """Go on after `step` steps with the masks and scores that the state dict has brought back.
 
         Raises:
-            ConfigurationError: the checkpoint was written without a Pruner, or with another recipe.
+            ConfigurationError: the checkpoint was written without a Pruner, with another recipe, or from another
+                model; or this Pruner has seen the end of the schedule, and the checkpoint is from before it.
         """
-        if self._state.step != step:
+        self._state.check(step, self.config)
+        zeros = {path: module.get_buffer(BEFORE) for path, module in self.modules.items() if BEFORE in module._buffers}
+        if not self._state.zeros:
+            for path in zeros:  # what an interrupted training had left in this model
+                del self.modules[path]._buffers[BEFORE]
+        elif self._state.zeros != sum(int((~mask).sum()) for mask in zeros.values()):
             raise ConfigurationError(
-                f"the checkpoint of step {step} holds no masks of that step: it was written without a "
-                "PruningCallback, or not loaded into this model. Start the training afresh."
-            )
-        wanted = 0.0 if self.config is None else self.config.sparsity
-        if abs(self._state.target - wanted) > 1e-6:
-            raise ConfigurationError(
-                f"the checkpoint was written by a pruning to a sparsity of {self._state.target:g}, and this one goes "
-                f"to {wanted:g}. Resume with the recipe that it was made with."
-            )
-        if self._state.criterion != _number(self.config):
-            raise ConfigurationError(
-                "the checkpoint was written by a pruning with another criterion. Resume with the recipe that it was "
-                "made with."
+                f"the checkpoint is of a model of which {self._state.zeros} weights were pruned before the training. "
+                "Resume with the model that the training began with."
             )
         if self._state.finished:
             self._close()
+        elif self.finished and self.config is not None:
+            raise ConfigurationError(
+                f"the schedule had ended in this training, and the checkpoint of step {step} is from before that. "
+                "Make a new Trainer (or Pruner) to resume from it."
+            )
+        self._lost = False
+
+    @torch.no_grad()
+    def before_step(self, step: int, *, drop_non_finite: bool = True) -> bool:
+        """Before optimizer step number `step` (from 1), once its gradients are reduced and clipped.
+
+        Takes away the gradients of a step that has NaN or infinite ones, which would destroy the weights, and in the
+        `warmup_steps` those of all but the head; optimizers leave out parameters without.
+
+        Args:
+            drop_non_finite: `False` where a gradient scaler leaves such steps out.
+
+        Returns:
+            Whether the step's gradients were finite, as far as looked at.
+        """
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if drop_non_finite and gradients and not all_finite(gradients):
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            self._dropped = step
+        elif self.config is not None and step <= self.config.warmup_steps:
+            for parameter in self.model.base_model.parameters():
+                parameter.grad = None
+        self._prepared = step
+        return self._dropped != step
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1), before the gradients are cleared.
 
         Raises:
-            ConfigurationError: the total number of steps is needed and not known, or the model is finalized.
-            NumericalError: there are no gradients.
+            ConfigurationError: the total number of steps is needed and not known, the model is finalized, or
+                `before_step` was left out in a warm-up.
+            NumericalError: there are no gradients, or weights that are NaN.
+            UnsupportedModelError: the weights have been spread over processes.
         """
         if self._window is None:
             raise ConfigurationError("steps are given as shares of the training: set_total_steps(...) comes first.")
         self._require_in_place()
+        check_whole(self.modules)
         start, end = self._window
-        config, chosen = self.config, False
+        config, chosen, dropped = self.config, False, self._dropped == step
+        self._check_step(step)
+        if dropped:
+            self._state.count(False)
         if config is not None and self._gathering is not None and step > config.warmup_steps:
-            self._state.count(self._gathering.observe())
+            if not dropped:
+                self._state.count(self._gathering.observe())
             due = step >= end or (step > start and (step - start) % config.update_interval == 0)
+            due = due and not (dropped and self._gathering.looks_at_this_step)
             if due and (config.schedule == "cubic" or step >= start) and self._choose(step, start, end):
                 chosen = True
                 if step >= end:
@@ -242,24 +250,44 @@ class Pruner:
         apply_masks(self._held.values())
         self._state.step = step
 
+    def _check_step(self, step: int) -> None:
+        if self._lost and not self._state.step:
+            raise ConfigurationError(
+                "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
+                "out: what was pruned would come back. Resume that training (resume_from_checkpoint), which ends with "
+                "a sparse model."
+            )
+        if self.config is not None and step <= self.config.warmup_steps and self._prepared != step:
+            raise ConfigurationError(
+                "PruningConfig: `warmup_steps` needs before_step(step) before every optimizer.step(), which holds "
+                "back the gradients of all but the head."
+            )
+
     def _choose(self, step: int, start: int, end: int) -> bool:
         assert self.config is not None and self._gathering is not None
         target = self.config.sparsity
         if self.config.schedule == "cubic":
             target = cubic_sparsity(step, start, end, target)
-        if self.config.criterion in ("sensitivity", "movement") and not self._state.observed:
+        if self.config.criterion in GATHERED and not self._state.observed:
             return False  # nothing was seen yet
         scores = self._gathering.scores()
         if scores is None:
             self._state.count(False)
             return False  # this step's gradients say nothing; the next one is asked
-        self._terms = self._gathering.terms
+        if self._gathering.terms is not None:
+            self._state.terms = self._gathering.terms
         if self._structure is not None:
             self._structure.choose(scores, target, self.config.compared)
             masks = self._structure.masks(scores)
         else:
             transposed = [path for path, module in self.modules.items() if isinstance(module, Conv1D)]
-            masks = select(scores, target, self.config.compared, self._zeros_before() or None, transposed)
+            try:
+                masks = select(scores, target, self.config.compared, self._zeros_before() or None, transposed)
+            except NumericalError as failure:
+                raise NumericalError(
+                    f"criterion {self.config.criterion!r}, step {step}: {failure}: the weights have diverged. Lower "
+                    "the learning rate; in a loop of your own call before_step(step) before optimizer.step()."
+                ) from failure
         self._gathering.exchange(masks)
         for path, mask in masks.items():
             own = mask_of(self.modules[path])
@@ -270,10 +298,8 @@ class Pruner:
         return True
 
     def _zeros_before(self) -> dict[str, torch.Tensor]:
-        """What is kept of matrices that had zeros when the training began, where the weights are by now."""
-        return {
-            path: mask.to(self.modules[path].get_parameter("weight").device) for path, mask in self._before.items()
-        }
+        """What is kept of matrices that had zeros when the training began."""
+        return {path: module.get_buffer(BEFORE) for path, module in self.modules.items() if BEFORE in module._buffers}
 
     def _close(self) -> None:
         if self._gathering is not None:
@@ -297,6 +323,7 @@ class Pruner:
 
         Raises:
             ConfigurationError: the schedule has not come to its end, or the model is finalized already.
+            NumericalError: a weight that is kept is NaN or infinite.
         """
         self._require_in_place()
         if not self.finished:
@@ -305,13 +332,21 @@ class Pruner:
         notes: dict[str, Any] = {"sparsity": round(self.sparsity, 6)}
         if self.config is not None:
             notes["skipped_steps"] = self.skipped_steps
-        if self._terms is not None:
-            notes["sensitivity_to_magnitude"] = rounded_ratio(self._terms)
+        if self._state.terms is not None:
+            notes["sensitivity_to_magnitude"] = rounded_ratio(self._state.terms)
         modules = {**self.modules, **self._held}
         apply_masks(modules.values())
+        for path, module in modules.items():
+            if not all_finite([module.get_parameter("weight")]):
+                raise NumericalError(
+                    f"{path!r} has weights that are NaN or infinite: the training has diverged. Go back to a "
+                    "checkpoint from before that, and lower the learning rate."
+                )
         if self._structure is not None:
             # As the masks say: a checkpoint may have brought them back.
             self._structure.adopt(self._masks())
+            assert self.config is not None
+            notes["removed_share"] = self._structure.warn_if_short(self.config)
             for block in range(len(self.anatomy)):
                 result = self._structure.compress_block(block)
                 rows += result.rows
@@ -335,11 +370,6 @@ class Pruner:
         return model
 
 
-def _number(config: PruningConfig | None) -> int:
-    """Of a recipe's criterion; -1 where only zeros are kept."""
-    return -1 if config is None else CRITERIA.index(config.criterion)
-
-
 def _replace(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
         old = model.get_submodule(path)
@@ -355,27 +385,3 @@ def _in_steps(step: int | float, total: int | None) -> int:
     if total is None:
         raise ConfigurationError(f"PruningConfig: {step} is a share of the training: total_steps is needed.")
     return round(step * total)
-
-
-def _plain_model(model: Any) -> PreTrainedModel:
-    """What a wrapper for several devices holds. Raises `UnsupportedModelError` if it is no Transformers model."""
-    inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
-    adapted = hasattr(inner, "get_base_model") and hasattr(inner, "peft_config")
-    if adapted or getattr(inner, "_hf_peft_config_loaded", False):
-        raise ConfigurationError(
-            "the model carries a PEFT adapter: the matrices are frozen under it and their zeros stay. Train it "
-            "without a PruningCallback, or prune before the adapter is attached."
-        )
-    if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedModelError(f"expected a Transformers model (PreTrainedModel), got {type(inner).__name__}.")
-    return inner
-
-
-def _check_whole(modules: dict[str, nn.Module]) -> None:
-    for path, module in modules.items():
-        weight = module.get_parameter("weight")
-        if weight.is_meta or weight.numel() == 0 or type(weight.data) is not torch.Tensor:
-            raise UnsupportedModelError(
-                f"the weight of {path!r} is not whole on this process (offloaded, or spread by FSDP, ZeRO-3 or tensor "
-                "parallelism): masks under one threshold need whole matrices. Train with DDP."
-            )

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..errors import ConfigurationError
 from ..layout import TRAINED
 from ..methods.pruning.configuration import PruningConfig
+from ..saved_names import accept_saved_names
 from .pruner import Pruner
-from .saved_names import accept_saved_names
 
 
 class PruningCallback(TrainerCallback):  # type: ignore[misc]
@@ -27,7 +27,10 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
 
     While the schedule runs no checkpoint counts as the best one, and early stopping waits. Scores come from the
     gradients after accumulation, reduction over processes and clipping (`pruning_clipped` in the log says whether).
+    A step with NaN or infinite gradients is left out and counted.
     The log has `pruning_sparsity`, `pruning_skipped_steps` and, for `"snip_magnitude"`, the ratio of its two terms.
+    The reporters of `report_to` are called before any callback that is given, and do not see them; one that stands
+    behind this callback does: `report_to=[], callbacks=[PruningCallback(...), TensorBoardCallback()]`.
 
     Args:
         config (`PruningConfig`, *optional*): what to prune and when.
@@ -71,8 +74,6 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 "there before the optimizer is made and before a checkpoint is loaded."
             )
         self.pruner.set_total_steps(state.max_steps)
-        if self.config is not None and self.config.warmup_steps:
-            self._check_head(model)
         self._check_optimizer(optimizer)
         if state.global_step:
             self.pruner.resume(state.global_step)
@@ -92,20 +93,17 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 "make yours after the Trainer; or the matrices of the blocks are frozen."
             )
 
-    def _check_head(self, model: Any) -> None:
-        inside = {id(parameter) for parameter in model.base_model.parameters()}
-        if model.base_model is model or all(id(parameter) in inside for parameter in model.parameters()):
-            raise ConfigurationError(
-                f"PruningConfig: `warmup_steps` trains the head first, and {type(model).__name__} has no head of its "
-                "own."
-            )
-
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if self.config is not None and state.global_step < self.config.warmup_steps:
-            for parameter in model.base_model.parameters():
-                parameter.grad = None
+        assert self.pruner is not None
+        scaled = getattr(optimizer, "scaler", None) is not None
+        self.pruner.before_step(state.global_step + 1, drop_non_finite=not scaled)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -9,7 +9,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigurationError
 from ..methods.sharing.stepping import running_blocks, schedule_of, set_iterations
-from .saved_names import accept_saved_names
 
 
 class RandomStepCallback(TrainerCallback):  # type: ignore[misc]
@@ -49,11 +48,6 @@ class RandomStepCallback(TrainerCallback):  # type: ignore[misc]
         self.coarse_to_fine, self.per_micro_batch, self.seed = coarse_to_fine, per_micro_batch, seed
         self._micro = 0
         self._choices: list[int] = []
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        accept_saved_names(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -102,6 +102,8 @@ class PruningConfig(MethodConfig):
             raise ValueError('`scope="row"` has no meaning for whole heads and columns')
         if self.structured and self.values != "auto":
             raise ValueError("`values` has no effect with `structured=True`: what stays is dense")
+        if self.base_model is not None and self.criterion != "delta":
+            raise ValueError(f'`base_model` has no effect with `criterion="{self.criterion}"`: "delta" looks at it')
         for name in ("base_model_revision", "base_model_checksum"):
             if getattr(self, name) is not None and self.base_model is None:
                 raise ValueError(f"`{name}` has no effect without `base_model`")

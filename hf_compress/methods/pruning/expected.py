@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...anatomy import dense_rows
 from ...resized import ResizedLinear
 from .configuration import PruningConfig
+from .format import NO_CHECKSUM, SparseFormat
 from .mathematics import kept_count
 from .modules import SparseLinear
 from .positions import ESCAPE, PositionKind
@@ -29,7 +30,8 @@ def expected_layout(model: nn.Module, paths: Sequence[str], config: PruningConfi
         if values == "auto":
             values = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
         kind, stream = _positions(count, size)
-        spec: dict[str, Any] = {"nonzeros": count, "positions": kind, "stream": stream, "values": values}
+        format = SparseFormat(count, kind, stream, values, NO_CHECKSUM)
+        spec: dict[str, Any] = format.spec()
         if isinstance(module, ResizedLinear):
             spec |= module.spec()
         entries.append({"path": path, "type": SparseLinear.layout_type, "spec": spec})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 
 from ...checked import is_integer, short
@@ -30,29 +31,32 @@ class SparseFormat:
         positions: how their places are written.
         stream: bytes of the places.
         values: how the values are written: a dtype, or "int8" with one bfloat16 scale a row.
+        checksum: of the bytes of the places, see `checksum_of`; files of earlier versions have none.
     """
 
     nonzeros: int
     positions: PositionKind
     stream: int
     values: str
+    checksum: str | None = None
 
     @property
     def is_quantized(self) -> bool:
         return self.values == "int8"
 
     def spec(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "nonzeros": self.nonzeros,
             "positions": self.positions,
             "stream": self.stream,
             "values": self.values,
         }
+        return found if self.checksum is None else {**found, "checksum": self.checksum}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], rows: int, columns: int) -> SparseFormat:
         """Raises `ValueError` or `KeyError` for a spec that does not fit a matrix of this size."""
-        unknown = set(spec) - {"nonzeros", "positions", "stream", "values"}
+        unknown = set(spec) - {"nonzeros", "positions", "stream", "values", "checksum"}
         if unknown:
             raise ValueError(f"unknown fields {short(sorted(unknown))}")
         if max(rows, columns) > MOST_INDICES:
@@ -73,7 +77,10 @@ class SparseFormat:
             )
         if positions == "all" and nonzeros != size:
             raise ValueError(f"`positions` names every place, and only {nonzeros} of {size} weights are kept")
-        return cls(nonzeros, positions, stream, values)
+        checksum = spec.get("checksum")
+        if checksum is not None and not (isinstance(checksum, str) and len(checksum) == len(NO_CHECKSUM)):
+            raise ValueError(f"`checksum` must be {len(NO_CHECKSUM)} hexadecimal digits, got {short(checksum)}")
+        return cls(nonzeros, positions, stream, values, checksum)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,17 @@ def store(
         flat, scales = to_int8(flat.float(), rows, len(weight))
     else:
         flat = flat.to(DTYPES[written])
-    return SparseMatrix(SparseFormat(len(kept), kind, len(stream), written), stream, flat, scales)
+    format = SparseFormat(len(kept), kind, len(stream), written, checksum_of(stream))
+    return SparseMatrix(format, stream, flat, scales)
+
+
+# As long as any.
+NO_CHECKSUM = "0" * 8
+
+
+def checksum_of(stream: UInt8[Tensor, "bytes"]) -> str:
+    """The CRC-32 of the places: a byte that has changed can leave their number and the last of them as they were."""
+    return f"{zlib.crc32(stream.cpu().numpy().data):08x}"
 
 
 def choose_dtype(values: Float[Tensor, "nonzeros"], dtype: torch.dtype) -> str:

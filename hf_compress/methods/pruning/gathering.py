@@ -12,6 +12,9 @@ from .configuration import PruningConfig
 from .masks import SCORE, START, VALUE, mask_of
 from .scores import all_finite, scores_now
 
+#: Criteria whose scores are sums over steps.
+GATHERED = ("sensitivity", "movement")
+
 
 class Gathering:
     """The criterion's view of a training.
@@ -34,7 +37,7 @@ class Gathering:
         self.close()  # what a training left that was not finished
         for module in modules.values():
             weight = module.get_parameter("weight")
-            if config.criterion in ("sensitivity", "movement"):
+            if config.criterion in GATHERED:
                 module.register_buffer(SCORE, torch.zeros_like(weight, dtype=torch.float32))
             elif config.criterion == "delta":
                 module.register_buffer(START, weight.detach().clone())
@@ -45,6 +48,11 @@ class Gathering:
     def keeps_values(self) -> bool:
         """Whether a pruned weight has a value that stands beside its zero: in a single shot nothing returns."""
         return self.config.schedule == "cubic" and self.config.criterion in ("delta", "movement")
+
+    @property
+    def looks_at_this_step(self) -> bool:
+        """Whether scores are of the gradients of the step they are worked out in, not of what was gathered."""
+        return self.config.needs_gradients and self.config.criterion not in GATHERED
 
     def _judged(self, module: nn.Module) -> Tensor:
         """A module's weight, with the values that pruned ones had."""
@@ -68,31 +76,38 @@ class Gathering:
     def gradients(self) -> dict[str, Tensor] | None:
         """Of the step just made; `None` where one is not finite.
 
+        A layer that this step has left out, as LayerDrop does, has a gradient of zero.
+
         Raises:
             NumericalError: there are none: the matrices are frozen, or the gradients were cleared before.
         """
-        found: dict[str, Tensor] = {}
-        for path, module in self.modules.items():
-            gradient = module.get_parameter("weight").grad
-            if gradient is None:
-                raise NumericalError(
-                    f"{path!r} has no gradient. Call update() after optimizer.step() and before "
-                    "optimizer.zero_grad(), and let the matrices of the blocks train."
-                )
-            found[path] = gradient
-        return found if all_finite(found.values()) else None
+        weights = {path: module.get_parameter("weight") for path, module in self.modules.items()}
+        found = {path: weight.grad for path, weight in weights.items() if weight.grad is not None}
+        missing = [path for path, weight in weights.items() if weight.grad is None]
+        frozen = [path for path in missing if not weights[path].requires_grad]
+        if frozen or not found:
+            raise NumericalError(
+                f"{(frozen or missing)[0]!r} has no gradient. Call update() after optimizer.step() and before "
+                "optimizer.zero_grad(), and let the matrices of the blocks train."
+            )
+        if not all_finite(found.values()):
+            return None
+        return {path: found[path] if path in found else torch.zeros_like(w) for path, w in weights.items()}
 
     @torch.no_grad()
     def observe(self) -> bool | None:
         """Take in a step; whether its gradients were finite, or `None` where the criterion gathers nothing."""
-        if self.config.criterion not in ("sensitivity", "movement"):
+        if self.config.criterion not in GATHERED:
             return None
         gradients = self.gradients()
         if gradients is None:
             return False
         for path, gradient in gradients.items():
             module = self.modules[path]
-            product, score = self._judged(module).float() * gradient, module.get_buffer(SCORE)
+            score = module.get_buffer(SCORE)
+            if score.dtype != torch.float32:  # the model was cast: small steps would be lost
+                score = module._buffers[SCORE] = score.float()
+            product = self._judged(module).float() * gradient
             if self.config.criterion == "movement":
                 score.sub_(product)
             else:
@@ -112,7 +127,7 @@ class Gathering:
 
     def _own_scores(self) -> dict[str, Tensor] | None:
         config = self.config
-        if config.criterion in ("sensitivity", "movement"):
+        if config.criterion in GATHERED:
             return {path: module.get_buffer(SCORE) for path, module in self.modules.items()}
         weights = {path: self._judged(module) for path, module in self.modules.items()}
         if config.criterion == "delta":

@@ -23,8 +23,12 @@ from .configuration import Values
 from .format import store
 from .modules import SparseLinear
 
-MASK, SCORE, START, VALUE, STATE = (f"pruning_{name}" for name in ("mask", "score", "start", "value", "state"))
-BUFFERS = (MASK, SCORE, START, VALUE, STATE)
+MASK, BEFORE, SCORE, START, VALUE, STATE = (
+    f"pruning_{name}" for name in ("mask", "before", "score", "start", "value", "state")
+)
+BUFFERS = (MASK, BEFORE, SCORE, START, VALUE, STATE)
+# In the configuration of a model with masks, and so in that of its training's checkpoints.
+MARK = "has_pruning_masks"
 # How the values of an opened layer were stored.
 STORED = "pruning_values"
 
@@ -45,6 +49,21 @@ def attach_masks(modules: Iterable[nn.Module]) -> None:
         if mask_of(module) is None:
             weight = module.get_parameter("weight")
             module.register_buffer(MASK, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+        if not any(getattr(hook, "hook", None) is _fill_in for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(_fill_in)
+
+
+def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A training's state dict lacks what it had no more need of when it was taken; a strict load would miss it."""
+    if prefix + MASK in state_dict:
+        for name in (BEFORE, SCORE, START, VALUE):
+            if name in module._buffers:
+                state_dict.setdefault(prefix + name, module.get_buffer(name))
+
+
+def has_lost_masks(model: PreTrainedModel) -> bool:
+    """Whether a model comes from a training's checkpoint by `from_pretrained`, which does not read its masks."""
+    return bool(getattr(model.config, MARK, False)) and not masked_modules(model)
 
 
 @torch.no_grad()
@@ -57,8 +76,9 @@ def apply_masks(modules: Iterable[nn.Module]) -> None:
             module.get_parameter("weight").masked_fill_(~mask, 0.0)
 
 
-def remove_masks(model: nn.Module) -> None:
+def remove_masks(model: PreTrainedModel) -> None:
     """Take off masks and all that criteria gathered."""
+    model.config.__dict__.pop(MARK, None)
     for module in model.modules():
         for name in BUFFERS:
             module._buffers.pop(name, None)

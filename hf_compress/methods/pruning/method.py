@@ -21,7 +21,7 @@ from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
 from .configuration import PruningConfig
 from .expected import expected_layout, expected_structure
-from .masks import open_layers, sparse_layer
+from .masks import has_lost_masks, open_layers, sparse_layer
 from .mathematics import keep_best, keep_best_of_rows, kept_count
 from .modules import SparseLinear
 from .parts import Part, prunable_parts
@@ -45,6 +45,11 @@ class Pruning(Method[PruningConfig, Energies | None]):
 
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
+        if has_lost_masks(anatomy.model):
+            raise ConfigurationError(
+                "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
+                "out: what was pruned would come back. Resume that training, which ends with a sparse model."
+            )
         self.needs_calibration = config.needs_data
         self.sequential = self.spreads = config.criterion == "wanda"
         self.parts, self.left_alone = prunable_parts(config, anatomy)
@@ -106,13 +111,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
         scores = score_matrices(session, self.config, paths)
         if self.structure is not None:
             self.structure.choose(scores, self.config.sparsity, self.config.compared)
-            session.notes["removed_share"] = share = round(self.structure.removed_share(), 4)
-            if share < self.config.sparsity - 0.02:
-                warnings.warn(
-                    f"only {share:.1%} could be removed of the {self.config.sparsity:.1%} asked for: one head and "
-                    "a few columns stay in every block.",
-                    stacklevel=2,
-                )
+            session.notes["removed_share"] = self.structure.warn_if_short(self.config)
             return
         transposed = [path for path in paths if isinstance(self.anatomy.model.get_submodule(path), Conv1D)]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from ...kernels.library import multiplies_bfloat16
 from ...kernels.sparse import sparse_linear
 from ...layout import is_sharded, register_module_type
 from ...resized import resized, shape_spec, stood_on, widened
-from .format import DTYPES, SparseFormat, SparseMatrix
+from .format import DTYPES, SparseFormat, SparseMatrix, checksum_of
 from .positions import decoded
 
 # Rows of a matrix that are numbered on loading however few weights are kept: a file of nothing may say that there are
@@ -260,6 +261,9 @@ class SparseLinear(nn.Linear):
         else:
             for _ in self._positions():  # looked at; their rows are numbered when they are used
                 pass
+        found = checksum_of(self.get_buffer("weight"))
+        if self.format.checksum not in (None, found):
+            raise ValueError(f"the positions have the checksum {found}, expected {self.format.checksum}")
         if self.scales is None and self.values.dtype != self.model_dtype:
             # Transformers leaves what it loads for a quantizer in the file's dtype.
             self.values.data = self.values.data.to(self.model_dtype)
@@ -273,11 +277,16 @@ class SparseLinear(nn.Linear):
         if not keep_vars:
             name, kind = f"{prefix}values", DTYPES[self.format.values]
             found = destination[name]
-            if kind == torch.float16 and not found.is_meta and len(found):
+            if kind.is_floating_point and not found.is_meta and len(found):
                 largest = found.abs().max()
                 # Of a part on each process, all have to come to the same conclusion.
                 largest = float(largest.full_tensor() if is_sharded(largest) else largest)
-                if largest > torch.finfo(kind).max:
+                if not math.isfinite(largest):
+                    raise CompressionError(
+                        f"{prefix.removesuffix('.')!r} has a weight of {largest}: it could not be loaded again. "
+                        "Go back to a checkpoint from before the training diverged."
+                    )
+                if kind == torch.float16 and largest > torch.finfo(kind).max:
                     raise CompressionError(
                         f"{prefix.removesuffix('.')!r} has a weight of {largest:.3g}, beyond the float16 that it is "
                         'stored in. Prune again with values="bfloat16".'
@@ -294,6 +303,12 @@ class SparseLinear(nn.Linear):
         if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         self.__dict__["_dense"] = None
+        return self
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        """As of any module; changes of `values.data`, which nothing else shows, are seen from here on."""
+        self.__dict__["_dense"] = None
+        super().train(mode)
         return self
 
     def reset_parameters(self) -> None:

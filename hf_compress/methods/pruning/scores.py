@@ -90,20 +90,32 @@ def rounded_ratio(terms: tuple[float, float]) -> float | str:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity; an accelerator is waited for once."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+    """Whether no tensor holds a NaN or an infinity; every device is waited for once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor._values() if tensor.is_sparse else tensor
+        found.setdefault(tensor.device, []).append(torch.isfinite(values).all())
+    return all(bool(torch.stack(each).all()) for each in found.values())
 
 
 def warn_if_fresh_head(model: Any) -> None:
     """Gradients through a head that was just drawn at random are mostly noise."""
     saved_as = getattr(model.config, "architectures", None)
-    if saved_as and type(model).__name__ not in saved_as:
-        warnings.warn(
-            f"the checkpoint was saved as {saved_as[0]}, so parts of this {type(model).__name__} are new and random, "
-            "and gradients through them say little about the weights. Train the head first: PruningCallback("
-            "PruningConfig(..., warmup_steps=...)) does.",
-            stacklevel=2,
-        )
+    if not saved_as:
+        return
+    fresh = f"the checkpoint was saved as {saved_as[0]}, so parts of this {type(model).__name__}"
+    if type(model).__name__ in saved_as:
+        # Read with `ignore_mismatched_sizes`, for another number of classes.
+        inside = {id(parameter) for parameter in model.base_model.parameters()}
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias") and id(p) not in inside]
+        if not biases or any(bool(bias.detach().any()) for bias in biases):
+            return
+        fresh = f"all biases of the head of this {type(model).__name__} are zero, so it seems that parts of it"
+    warnings.warn(
+        f"{fresh} are new and random, and gradients through them say little about the weights. Train the head first: "
+        "PruningCallback(PruningConfig(..., warmup_steps=...)) does.",
+        stacklevel=2,
+    )
 
 
 def task_loss(anatomy: ModelAnatomy, batch: Batch) -> Tensor:

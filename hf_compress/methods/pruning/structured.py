@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from ...engine.report import ModuleReport
 from ...engine.session import BlockResult
 from ...errors import ConfigurationError
 from ...resized import ResizedLinear
+from .configuration import PruningConfig
 from .parts import Part
 
 # Widths that kernels like.
@@ -66,6 +68,8 @@ class Structure:
 
     anatomy: ModelAnatomy
     groups: list[Group]
+    #: Weights of all matrices that are to be pruned, with those that cannot be removed as a whole.
+    weights: int
 
     def choose(self, scores: dict[str, Tensor], sparsity: float, compared: str) -> None:
         """Keep the units with the highest mean scores, at least one of every group, within half a step."""
@@ -113,9 +117,22 @@ class Structure:
         return masks
 
     def removed_share(self) -> float:
+        """Of the weights of all matrices."""
         model = self.anatomy.model
-        whole = sum(group.units * group.weights_of_unit(model) for group in self.groups)
-        return 1 - sum(len(group.kept) * group.weights_of_unit(model) for group in self.groups) / whole
+        removed = (group.units - len(group.kept) for group in self.groups)
+        gone = sum(n * group.weights_of_unit(model) for n, group in zip(removed, self.groups, strict=True))
+        return gone / self.weights
+
+    def warn_if_short(self, config: PruningConfig) -> float:
+        """The removed share; warns where it is less than what was asked for."""
+        share = round(self.removed_share(), 4)
+        if share < config.sparsity - 0.02:
+            warnings.warn(
+                f"only {share:.1%} could be removed of the {config.sparsity:.1%} asked for: heads go as a whole and "
+                "columns in eights, some stay in every block, and so do matrices without heads or columns.",
+                stacklevel=3,
+            )
+        return share
 
     def compress_block(self, block: int) -> BlockResult:
         result, model = BlockResult({}, []), self.anatomy.model
@@ -123,6 +140,7 @@ class Structure:
             if group.block != block or len(group.kept) == group.units:
                 continue
             before = after = 0
+            lost = whole = 0.0
             for path, size in zip(group.paths, group.sizes, strict=True):
                 module = model.get_submodule(path)
                 assert isinstance(module, nn.Linear)
@@ -136,7 +154,9 @@ class Structure:
                     weight.clone(), None if bias is None else bias.clone()
                 )
                 before, after = before + module.weight.numel(), after + weight.numel()
-            error = 1 - after / before
+                energy = float(module.weight.detach().double().square().sum())
+                lost, whole = lost + energy - float(weight.double().square().sum()), whole + energy
+            error = max(lost, 0.0) / max(whole, 1e-300)
             result.rows.append(
                 ModuleReport(block, group.inputs, group.kind, group.units, len(group.kept), before, after, error)
             )
@@ -160,7 +180,8 @@ def removable_groups(anatomy: ModelAnatomy, parts: Sequence[Part]) -> Structure:
             f"`structured=True`: {type(anatomy.model).__name__} has no attention with query, key, value and output as "
             "linear layers of their own, and no MLP of linear layers, that may be pruned."
         )
-    return Structure(anatomy, groups)
+    sizes = (anatomy.model.get_submodule(path).get_parameter("weight").numel() for path in wanted)
+    return Structure(anatomy, groups, sum(sizes))
 
 
 def _linear(anatomy: ModelAnatomy, path: str) -> nn.Linear | None:

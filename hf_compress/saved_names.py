@@ -16,7 +16,8 @@ def accept_saved_names(model: PreTrainedModel) -> None:
     the Trainer, when it resumes or takes back its best checkpoint, hands the file to `load_state_dict`, which leaves
     out what has another name.
     """
-    model.register_load_state_dict_pre_hook(_rename)
+    if not any(getattr(hook, "hook", None) is _rename for hook in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(_rename)
 
 
 def _rename(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
