@@ -286,7 +286,7 @@ def test_eval_with_everything_writes_a_report(tiny_model: Path, text_file: Path,
         *("eval", tiny_model, out, "--text", text_file, "--context", 64, "--max-tokens", 128, "--agreement"),
         *("--lambada", passages, "--similarity", pairs, "--pooling", "last", "--max-examples", 3, "--memory"),
         *("--tasks", "choices", "--task-path", task, "--speed", "--prompt-length", 16, "--new-tokens", 2),
-        *("--repeats", 1, "--report", report, "--json"),
+        *("--repeats", 1, "--layer-tokens", 2, "--report", report, "--json"),
     )
     assert result.exit_code == 0, result.output
     dense, coded = json.loads(result.stdout).values()
@@ -296,9 +296,29 @@ def test_eval_with_everything_writes_a_report(tiny_model: Path, text_file: Path,
     assert coded["memory"]["peak"] > coded["memory"]["weights"]
     assert coded["speed"]["first_token_milliseconds"] > 0
     assert coded["compression"]["modules"]
+    assert dense["layers"] == []
+    assert all(layer["speedup"] > 0 for layer in coded["layers"])
     page = report.read_text(encoding="utf-8")
-    for title in (*coded["scores"], str(tiny_model), str(out), "peak memory", 'class="heat"', 'class="front"'):
+    titles = (
+        *coded["scores"],
+        str(tiny_model),
+        str(out),
+        "peak memory",
+        'class="heat"',
+        'class="front"',
+        "dense (ms)",
+    )
+    for title in titles:
         assert title in page
+
+
+def test_eval_of_layers_alone(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke("run", tiny_model, out, "--method", "pruning", "--criterion", "magnitude", "--sparsity", 0.5)
+    assert done.exit_code == 0, done.output
+    result = invoke("eval", out, "--layer-tokens", 1)
+    assert result.exit_code == 0, result.output
+    assert "one layer of every kind" in result.stdout
 
 
 def test_eval_of_encoders_and_image_classifiers(

@@ -30,8 +30,14 @@ import hf_compress
 from hf_compress import CalibrationConfig, PruningConfig
 from hf_compress.evaluation import measure_layers
 from hf_compress.methods.pruning import SparseLinear
-from hf_compress.methods.pruning.modules import SPARSE_BELOW
+from hf_compress.methods.pruning.masks import sparse_layer
+from hf_compress.methods.pruning.modules import SPARSE_BELOW, SPARSE_ON_CPU
 from hf_compress.resized import ResizedLinear
+
+
+@pytest.fixture(autouse=True)
+def tiny_matrices_run_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPARSE_BELOW, "cpu, small", SPARSE_BELOW["cpu"])
 
 
 def pruned(model: PreTrainedModel | None = None, **fields: Any) -> PreTrainedModel:
@@ -593,6 +599,23 @@ def test_batches_whose_gradients_are_nan_are_left_out() -> None:
 
     with pytest.raises(hf_compress.NumericalError, match="all 4 calibration batches"):
         pruned(classifier(), criterion="snip", calibration=good.model_copy(update={"data_collator": hopeless}))
+
+
+def test_small_matrices_run_dense_at_densities_at_which_large_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = {
+        (size, sparsity): sparse_layer(
+            nn.Linear(size, size), torch.rand(size, size) > sparsity, "float32"
+        ).runs_sparse(torch.ones(1, size))
+        for size in (384, 768)
+        for sparsity in (0.9, 0.98)
+    }
+    assert found == {
+        (384, 0.9): False,
+        (384, 0.98): SPARSE_ON_CPU,
+        (768, 0.9): SPARSE_ON_CPU,
+        (768, 0.98): SPARSE_ON_CPU,
+    }
 
 
 def test_layers_are_timed_beside_dense_ones() -> None:

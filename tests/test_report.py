@@ -19,6 +19,7 @@ from hf_compress.errors import ConfigurationError
 from hf_compress.evaluation import (
     AgreementResult,
     Comparison,
+    LayerLatency,
     Measurement,
     MemoryResult,
     PerplexityResult,
@@ -159,7 +160,8 @@ def test_hostile_names_stay_text() -> None:
     scores = (Score(HOSTILE, 0.5, 10, note=HOSTILE),)
     module = ModuleReport(0, HOSTILE, HOSTILE, 1, 1, 10, 5, 0.1)
     report = CompressionReport([module], 10, 5, 10, 5, 10, 5, {HOSTILE: HOSTILE}, [HOSTILE])
-    last = Measurement(HOSTILE + "3", 10, scores=scores, compression=report)
+    layer = LayerLatency(HOSTILE, 2, HOSTILE, 2.0, 1.0)
+    last = Measurement(HOSTILE + "3", 10, scores=scores, layers=(layer,), compression=report)
     page = Page(render_report(Comparison((*hostile, last)), title=HOSTILE))
     plain = Page(render_report(sample()))
     assert set(page.tags) <= set(plain.tags)

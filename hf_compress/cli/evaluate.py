@@ -53,6 +53,9 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prompt and generation, in turn.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Also measure the peak memory.")] = False,
+    layer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Also time the compressed layers on so many tokens, beside dense ones.")
+    ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt of --speed and --memory.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated there.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed repeats.")] = 5,
@@ -67,10 +70,10 @@ def evaluate(
     has_text = text is not None or dataset is not None
     if text is not None and dataset is not None:
         raise ConfigurationError("the perplexity is measured on --text FILE or --dataset ID, one of the two.")
-    if not has_text and not (lambada or similarity or images or tasks):
+    if not has_text and not (lambada or similarity or images or tasks or layer_tokens):
         raise ConfigurationError(
             "say what to measure: --text FILE or --dataset ID, one of the two, for the perplexity, --lambada FILE, "
-            "--similarity FILE, --images FOLDER or --tasks NAME."
+            "--similarity FILE, --images FOLDER, --tasks NAME or --layer-tokens COUNT."
         )
     if text is not None and not text.is_file():
         raise ConfigurationError(f"--text {str(text)!r} is no file.")
@@ -92,7 +95,8 @@ def evaluate(
     for name in models:
         check_source(name)
     kind = "AutoModelForImageClassification" if images else "AutoModelForCausalLM" if language else "AutoModel"
-    processing_class = _load_processing_class(models[0], images is not None, revision)
+    reads = has_text or bool(chosen)
+    processing_class = _load_processing_class(models[0], images is not None, revision) if reads else None
     token_ids = None
     if has_text:
         content = (
@@ -111,6 +115,7 @@ def evaluate(
         "prompt_length": prompt_length,
         "new_tokens": new_tokens,
         "tasks": chosen,
+        "layer_tokens": layer_tokens,
     }
     loading = {"dtype": dtype, "device_map": device_map, "revision": revision}
     comparison = _measure_all(models, kind, measuring, agreement, repeats if speed else 0, loading)
@@ -118,6 +123,9 @@ def evaluate(
         typer.echo(json.dumps(comparison.to_dict(), indent=2))
     else:
         stdout().print(comparison.table())
+        timed = comparison.layer_table()
+        if timed is not None:
+            stdout().print(timed)
     if report is not None:
         write_report(comparison, report)
         say(f"The report is in {report}.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .agreement import agreement as measure_agreement
+from .layers import compressed_layers, measure_layers
 from .measurement import Measurement, Row, Task, notes_of, rows_of
 from .memory import measure_memory
 from .perplexity import as_token_ids, perplexity
@@ -48,6 +49,19 @@ class Comparison:
         with console.capture() as captured:
             console.print(self.table())
         return captured.get().rstrip()
+
+    def layer_table(self) -> Table | None:
+        """Times of compressed linear layers beside dense ones; `None` where none were measured."""
+        if not any(measurement.layers for measurement in self.measurements):
+            return None
+        table = Table(caption="one layer of every kind beside a dense one of its size, in turns; milliseconds")
+        for title in ("model", "first of its kind", "layers", "dense", "compressed", "speed-up"):
+            table.add_column(title, justify="left" if title in ("model", "first of its kind") else "right")
+        for measurement in self.measurements:
+            for layer in measurement.layers:
+                times = (f"{layer.dense_milliseconds:.3f}", f"{layer.milliseconds:.3f}", f"{layer.speedup:.2f}x")
+                table.add_row(Text(measurement.name), Text(layer.path), str(layer.count), *times)
+        return table
 
     def table(self) -> Table:
         """One column a model, compared with the first model in brackets."""
@@ -86,6 +100,7 @@ def measure(
     prompt_length: int = 512,
     new_tokens: int = 64,
     tasks: Sequence[Task] = (),
+    layer_tokens: int | None = None,
 ) -> Measurement:
     """Everything but speed, which is measured of models in turn.
 
@@ -99,6 +114,7 @@ def measure(
         memory: also measure the peak memory, see [`measure_memory`] for `prompt_length` and `new_tokens`.
         tasks: what gives scores: [`Lambada`], [`SentenceSimilarity`], [`ImageClassification`], [`HarnessTasks`] or
             functions of the model and the `processing_class`.
+        layer_tokens: also time the compressed linear layers on so many tokens, see [`measure_layers`].
 
     Raises:
         CompressionError: as what measures does.
@@ -119,6 +135,7 @@ def measure(
         memory=peak,
         agreement=shared,
         scores=tuple(score for task in tasks for score in task(model, processing_class)),
+        layers=tuple(measure_layers(model, tokens=layer_tokens)) if layer_tokens and compressed_layers(model) else (),
         compression=getattr(model, "compression_report", None),
     )
 
@@ -135,6 +152,7 @@ def compare(
     agreement: bool = False,
     memory: bool = False,
     tasks: Sequence[Task] = (),
+    layer_tokens: int | None = None,
     speed: bool = True,
     prompt_length: int = 512,
     new_tokens: int = 64,
@@ -148,7 +166,7 @@ def compare(
             without `data` there is none.
         paths: where the models are saved, by name; bytes on disk are given for those.
         agreement: also measure how far the others' predictions on `data` are from the first model's.
-        memory, tasks: see [`measure`].
+        memory, tasks, layer_tokens: see [`measure`].
         speed: also measure the speed, see [`measure_speed`] for `prompt_length`, `new_tokens`, `repeats`.
 
     Raises:
@@ -171,6 +189,7 @@ def compare(
             prompt_length=prompt_length,
             new_tokens=new_tokens,
             tasks=tasks,
+            layer_tokens=layer_tokens,
         )
         for name, model in models.items()
     ]

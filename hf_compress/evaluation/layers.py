@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -37,6 +37,9 @@ class LayerLatency:
     def speedup(self) -> float:
         return self.dense_milliseconds / self.milliseconds
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "speedup": self.speedup}
+
 
 def measure_layers(model: PreTrainedModel, *, tokens: int = 1, repeats: int = 9) -> list[LayerLatency]:
     """Time every kind of compressed linear layer of a model beside a dense one, in turns, on random inputs.
@@ -49,6 +52,14 @@ def measure_layers(model: PreTrainedModel, *, tokens: int = 1, repeats: int = 9)
     Raises:
         ConfigurationError: the model has no compressed linear layer.
     """
+    kinds = compressed_layers(model)
+    if not kinds:
+        raise ConfigurationError(f"{type(model).__name__} has no compressed linear layer to time.")
+    return [_measure(model, paths, tokens, repeats) for paths in kinds]
+
+
+def compressed_layers(model: PreTrainedModel) -> list[list[str]]:
+    """Paths of the compressed linear layers, those of one kind together."""
     kinds: dict[Any, list[str]] = {}
     for entry in layout_of(model):
         module = model.get_submodule(entry["path"])
@@ -58,9 +69,7 @@ def measure_layers(model: PreTrainedModel, *, tokens: int = 1, repeats: int = 9)
             rounded = None if density is None else round(density, 2)
             key = (entry["type"], module.in_features, module.out_features, getattr(module, "bits", None), rounded)
             kinds.setdefault(key, []).append(entry["path"])
-    if not kinds:
-        raise ConfigurationError(f"{type(model).__name__} has no compressed linear layer to time.")
-    return [_measure(model, paths, tokens, repeats) for paths in kinds.values()]
+    return list(kinds.values())
 
 
 @torch.inference_mode()

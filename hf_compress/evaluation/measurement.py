@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..engine.report import CompressionReport
 from .agreement import AgreementResult
+from .layers import LayerLatency
 from .memory import MemoryResult
 from .perplexity import PerplexityResult
 from .size import SizeOnDisk
@@ -66,6 +67,7 @@ class Measurement:
         perplexity, speed, memory: see the functions that measure them.
         agreement: with the first model of the comparison, which has none itself.
         scores: of tasks, in order.
+        layers: times of the compressed linear layers beside dense ones, kind by kind.
         compression: the model's own report, if it was compressed.
     """
 
@@ -77,6 +79,7 @@ class Measurement:
     memory: MemoryResult | None = None
     agreement: AgreementResult | None = None
     scores: tuple[Score, ...] = ()
+    layers: tuple[LayerLatency, ...] = ()
     compression: CompressionReport | None = None
 
     def score(self, name: str) -> Score | None:
@@ -94,6 +97,7 @@ class Measurement:
             "memory": self.memory and self.memory.to_dict(),
             "agreement": self.agreement and self.agreement.to_dict(),
             "scores": {score.name: score.to_dict() for score in self.scores},
+            "layers": [layer.to_dict() for layer in self.layers],
             "compression": self.compression and self.compression.to_dict(),
         }
 

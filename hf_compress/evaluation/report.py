@@ -54,6 +54,7 @@ def render_report(comparison: Comparison, *, title: str = "Compression report") 
         _summary(comparison),
         _section("Size against quality", _quality_figures(comparison, labels), note=_FRONT),
         _section("Speed, memory and size", _cost_figures(comparison, labels)),
+        _layers(measurements),
         *_compressions(measurements),
         _section("How it was measured", "".join(f"<li>{escape(note)}</li>" for note in comparison.notes), "ul"),
     ]
@@ -151,6 +152,35 @@ def _cost_figures(comparison: Comparison, labels: list[str]) -> str:
     drawn = [(row, _points(row, None, comparison, labels)) for row in comparison.rows if row.role != "quality"]
     return "".join(
         bars(points, title=row.title, higher_is_better=row.higher_is_better) for row, points in drawn if points
+    )
+
+
+def _layers(measurements: Sequence[Measurement]) -> str:
+    rows = "".join(
+        f'<tr><td class="text">{escape(own.name)}</td><td class="text">{escape(layer.path)}</td><td>{layer.count}</td>'
+        f'<td class="text">{escape(layer.description)}</td><td>{layer.dense_milliseconds:.3f}</td>'
+        f"<td>{layer.milliseconds:.3f}</td><td>{layer.speedup:.2f}x</td></tr>"
+        for own in measurements
+        for layer in own.layers
+    )
+    if not rows:
+        return ""
+    heads = "".join(
+        f'<th scope="col"{kind}>{head}</th>'
+        for head, kind in (
+            ("model", ' class="text"'),
+            ("first of its kind", ' class="text"'),
+            ("layers", ""),
+            ("format", ' class="text"'),
+            ("dense (ms)", ""),
+            ("compressed (ms)", ""),
+            ("speed-up", ""),
+        )
+    )
+    return (
+        "<section><h2>Layers beside dense ones of their size</h2>"
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+        "</section>"
     )
 
 

@@ -26,9 +26,12 @@ from .positions import decoded
 FREE_ROWS = 1 << 16
 # Torch multiplies compressed rows on a CPU only with MKL.
 SPARSE_ON_CPU = torch.backends.mkl.is_available()
-# The largest share of kept weights at which compressed rows are faster than a dense product: on a CPU in float32, on
-# a CPU in bfloat16 where it has instructions for it, and on other devices.
-SPARSE_BELOW = {"cpu": 0.15, "cpu, bfloat16": 0.03, "other": 0.01}
+# The largest share of kept weights at which compressed rows are faster than a dense product: on a CPU in float32, for
+# matrices so small that the call takes longer than the product, in bfloat16 where a CPU has instructions for it, and
+# on other devices.
+SPARSE_BELOW = {"cpu": 0.15, "cpu, small": 0.05, "cpu, bfloat16": 0.03, "other": 0.01}
+# Weights up to which a matrix is small: one of 384 × 384 is, one of 1536 × 384 is not.
+SMALL = 1 << 18
 
 
 class _OptimizerSteps:
@@ -226,7 +229,8 @@ class SparseLinear(nn.Linear):
             return False
         else:
             narrow = input.dtype == torch.bfloat16 and multiplies_bfloat16()
-            limit = "cpu, bfloat16" if narrow else "cpu"
+            wide = "cpu, small" if self.dense_weights <= SMALL else "cpu"
+            limit = "cpu, bfloat16" if narrow else wide
         return self.density <= SPARSE_BELOW[limit]
 
     def _dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
