@@ -21,7 +21,7 @@ from support.watching import Watch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_compress
-from hf_compress import CheckpointError, CompressionError, ConfigurationError
+from hf_compress import CheckpointError, CompressionError, ConfigurationError, PruningConfig
 from hf_compress.hub import folder_card
 from hf_compress.layout import replay
 from hf_compress.methods.pruning.modules import SparseLinear
@@ -402,11 +402,15 @@ def test_a_card_full_of_marks_is_left_alone(seeds: dict[str, Checkpoint], tmp_pa
         folder_card(tmp_path)
 
 
-def test_counters_of_a_training_are_numbers() -> None:
-    state = TrainingState(torch.nn.Linear(2, 2), 0.5, 0)
-    state._set(0, float("nan"))
+@pytest.mark.parametrize(("place", "value"), [(0, -1), (4, 0x7FF8 << 48), (4, 0x7FF0 << 48)])
+def test_counters_of_a_training_are_numbers(place: int, value: int) -> None:
+    recipe = PruningConfig(sparsity=0.5)
+    layer = torch.nn.Linear(2, 2)
+    state = TrainingState(layer, recipe, 0)
+    state.check(0, recipe)
+    layer.get_buffer("pruning_state")[place] = value
     with pytest.raises(CheckpointError, match="counters"):
-        _ = state.step
+        state.check(0, recipe)
 
 
 def test_damaged_answers_of_a_teacher_are_asked_for_again(tmp_path: Path) -> None:
