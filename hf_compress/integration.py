@@ -27,7 +27,7 @@ from . import adapters
 from .configuration import QUANT_METHOD, CompressionConfig, MethodConfig
 from .engine.placement import refuse_sharded_loading
 from .errors import CheckpointError, CompressionError, ConfigurationError
-from .layout import TRAINED, UNFINISHED, check_layout, layout_of
+from .layout import MASKED, TRAINED, UNFINISHED, check_layout, layout_of
 from .saving import keep_state_dict, move_into_place
 
 # Arguments of from_pretrained that an implicit load of the tokenizer has to share.
@@ -263,12 +263,30 @@ def _save_pretrained(
             "the compression of this model was interrupted or failed: some blocks are compressed and some are not. "
             "Load the dense model again and repeat the run."
         )
-    if TRAINED not in model.__dict__ and any("pruning_mask" in module._buffers for module in model.modules()):
+    masked = any("pruning_mask" in module._buffers for module in model.modules())
+    if masked and TRAINED not in model.__dict__:
         warnings.warn(
             "the model holds masks of a pruning and is saved dense, with them. For a sparse file call finalize() of "
             "its Pruner or PruningCallback first; at the end of a training the callback does it.",
             stacklevel=4,
         )
+    # In the file, where from_pretrained finds no masks again; models in memory may share a configuration.
+    model.config.__dict__.pop(MASKED, None)
+    if masked:
+        setattr(model.config, MASKED, True)
+    try:
+        return _save_whole(original, model, save_directory, *args, **kwargs)
+    finally:
+        model.config.__dict__.pop(MASKED, None)
+
+
+def _save_whole(
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if getattr(model.config, "auto_map", None):
         from .hub.shim import forget_shim
 

@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 TRAINED = "_hf_compress_trained"
 # Attribute of a model whose compression stopped half way.
 UNFINISHED = "_hf_compress_unfinished"
+# In the configuration that is saved beside masks of a pruning in a training.
+MASKED = "has_pruning_masks"
 # Characters of a detail in a message: it may quote a field as large as the file.
 _SHOWN = 600
 # What activation checkpointing and torch.compile put between a module and its parent. Neither is in the file.

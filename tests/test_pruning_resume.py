@@ -11,7 +11,7 @@ import torch
 from conftest import IDS, logits, make_model
 from test_pruning import layers, pruned, sparsity
 from test_pruning_training import config, trainer, zeros
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
 import hf_compress
 from hf_compress import Pruner, PruningCallback, PruningConfig
@@ -182,6 +182,34 @@ def test_a_checkpoint_whose_masks_were_not_read_is_not_pruned_again(tmp_path: Pa
     run = trainer(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path, [PruningCallback(config())])
     run.train(resume_from_checkpoint=str(checkpoint))
     assert torch.equal(logits(run.model), logits(model))
+    # Saved again it is a dense model, and its masks are no one's.
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "dense")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense", compression_config=recipe)
+
+
+def test_models_that_share_a_configuration_do_not_share_masks(tmp_path: Path) -> None:
+    model = make_model("llama")
+    other = type(model)(model.config)
+    Pruner(model, config())
+    with pytest.warns(UserWarning, match="saved dense"):
+        model.save_pretrained(tmp_path / "masked")
+    assert "has_pruning_masks" in (tmp_path / "masked" / "config.json").read_text()
+    other.save_pretrained(tmp_path / "other")
+    assert "has_pruning_masks" not in (tmp_path / "other" / "config.json").read_text()
+    pruned(other)
+
+
+def test_a_matrix_that_was_cut_for_the_file_is_not_left_as_it_was(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+
+    def run() -> Trainer:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 2}
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=96, num_attention_heads=2, num_key_value_heads=2, **sizes))
+        return trainer(model, tmp_path, [PruningCallback(config())], **saving)
+
+    run().train()
+    with pytest.raises(hf_compress.CheckpointError, match=r"experts\.0.*cut for the file"):
+        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_a_trainer_that_has_seen_the_end_does_not_resume_from_before_it(tmp_path: Path) -> None:

@@ -358,6 +358,19 @@ def test_nan_gradients_are_skipped_and_counted(criterion: Any, at: tuple[int, in
     assert torch.isfinite(logits(model)).all()
 
 
+def test_a_nan_reaches_nothing_that_the_optimizer_holds() -> None:
+    """Such as the projections of a distillation, outside the model."""
+    model, outside = make_model("llama"), torch.nn.Parameter(torch.ones(3))
+    pruner = Pruner(model, config())
+    optimizer = torch.optim.AdamW([*model.parameters(), outside])
+    model(IDS, labels=IDS).loss.backward()
+    outside.grad = torch.full((3,), float("nan"))
+    assert not pruner.before_step(1, parameters=[outside])
+    optimizer.step()
+    pruner.update(1)
+    assert torch.equal(outside, torch.ones(3)) and pruner.skipped_steps == 1
+
+
 def test_a_training_that_has_diverged_is_not_finalized() -> None:
     model = make_model("llama")
     pruner = Pruner(model, config(criterion="random"))

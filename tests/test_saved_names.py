@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -150,3 +152,29 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert any("attention" in name for name in dense)
     for name, tensor in dense.items():
         torch.testing.assert_close(tensor, stored[name], rtol=1e-2, atol=1e-3)  # values in half precision
+
+
+def test_a_diverged_model_takes_back_a_good_state(tmp_path: Path) -> None:
+    model = hf_compress.compress(vit(), PruningConfig(sparsity=0.5, criterion="magnitude"))
+    model.save_pretrained(tmp_path)
+    layer = next(module for module in model.modules() if hasattr(module, "kept_values"))
+    with torch.no_grad():
+        layer.values.fill_(float("nan"))
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.isfinite(layer.values).all()
+
+
+def test_a_tied_embedding_keeps_its_name(tmp_path: Path) -> None:
+    def make() -> PreTrainedModel:
+        set_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+        return hf_compress.compress(model, PruningConfig(sparsity=0.5, criterion="magnitude"))
+
+    model, other = make(), make()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False, assign=True)
+    assert found.missing_keys == ["lm_head.weight"]
+    other.tie_weights()
+    assert torch.equal(other.transformer.wte.weight, model.transformer.wte.weight)

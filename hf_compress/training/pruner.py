@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ from ..engine.compress import attach_result, describe_run
 from ..engine.report import CompressionReport
 from ..engine.weights import count_weights
 from ..errors import ConfigurationError, NumericalError
-from ..layout import layout_of
+from ..layout import MASKED, layout_of
 from ..methods.pruning.configuration import PruningConfig
 from ..methods.pruning.gathering import GATHERED, Gathering
 from ..methods.pruning.masks import (
     BEFORE,
-    MARK,
     apply_masks,
     attach_masks,
     has_lost_masks,
@@ -88,7 +88,6 @@ class Pruner:
         check_whole(self.modules)
         self._lost = has_lost_masks(model)
         attach_masks(self.modules.values())
-        setattr(model.config, MARK, True)
         zeros = sum(int((~mask).sum()) for mask in self._masks().values())
         for path, mask in self._masks().items() if zeros else ():
             self.modules[path].register_buffer(BEFORE, mask.clone())
@@ -189,21 +188,23 @@ class Pruner:
         self._lost = False
 
     @torch.no_grad()
-    def before_step(self, step: int, *, drop_non_finite: bool = True) -> bool:
+    def before_step(self, step: int, *, parameters: Iterable[nn.Parameter] = (), drop_non_finite: bool = True) -> bool:
         """Before optimizer step number `step` (from 1), once its gradients are reduced and clipped.
 
         Takes away the gradients of a step that has NaN or infinite ones, which would destroy the weights, and in the
         `warmup_steps` those of all but the head; optimizers leave out parameters without.
 
         Args:
+            parameters: what the optimizer steps on beside the model's own.
             drop_non_finite: `False` where a gradient scaler leaves such steps out.
 
         Returns:
             Whether the step's gradients were finite, as far as looked at.
         """
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if drop_non_finite and gradients and not all_finite(gradients):
-            for parameter in self.model.parameters():
+        stepped = {id(parameter): parameter for parameter in (*self.model.parameters(), *parameters)}.values()
+        gradients = [parameter.grad for parameter in stepped if parameter.grad is not None]
+        if drop_non_finite and not all_finite(gradients):
+            for parameter in stepped:
                 parameter.grad = None
             self._dropped = step
         elif self.config is not None and step <= self.config.warmup_steps:
@@ -255,7 +256,7 @@ class Pruner:
             raise ConfigurationError(
                 "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
                 "out: what was pruned would come back. Resume that training (resume_from_checkpoint), which ends with "
-                "a sparse model."
+                f"a sparse model; or, to prune it as the dense model that it is now, del model.config.{MASKED}."
             )
         if self.config is not None and step <= self.config.warmup_steps and self._prepared != step:
             raise ConfigurationError(

@@ -103,7 +103,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         assert self.pruner is not None
         scaled = getattr(optimizer, "scaler", None) is not None
-        self.pruner.before_step(state.global_step + 1, drop_non_finite=not scaled)
+        held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
+        self.pruner.before_step(state.global_step + 1, parameters=held, drop_non_finite=not scaled)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

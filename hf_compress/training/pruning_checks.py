@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..layout import layout_of
 from ..methods.pruning.configuration import PruningConfig
-from ..methods.pruning.masks import masked_modules
+from ..methods.pruning.masks import mask_of, masked_modules
 from ..methods.pruning.method import Pruning
 from ..methods.pruning.modules import SparseLinear
 
@@ -35,10 +35,11 @@ def check_recipe(model: PreTrainedModel, config: PruningConfig | None) -> None:
         raise ConfigurationError('PruningConfig: `criterion="wanda"` is for models that are not trained.')
     if config.calibration is not None:
         raise ConfigurationError("PruningConfig: `calibration` has no effect in a training, which has its own data.")
-    if config.structured and (types or masked_modules(model)):
+    masks = (mask_of(module) for module in masked_modules(model).values())
+    if config.structured and (types or any(mask is not None and not mask.all() for mask in masks)):
         raise ConfigurationError(
-            "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one single "
-            "weights are pruned already. Begin with the dense original."
+            "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one weights are "
+            "pruned already. Begin with the dense original; to resume a training, load that first."
         )
     if config.base_model is not None:
         raise ConfigurationError(

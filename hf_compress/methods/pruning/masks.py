@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
 from ...engine.exclusion import is_excluded
+from ...layout import MASKED
 from ...resized import stood_on
 from .configuration import Values
 from .format import store
@@ -27,8 +28,6 @@ MASK, BEFORE, SCORE, START, VALUE, STATE = (
     f"pruning_{name}" for name in ("mask", "before", "score", "start", "value", "state")
 )
 BUFFERS = (MASK, BEFORE, SCORE, START, VALUE, STATE)
-# In the configuration of a model with masks, and so in that of its training's checkpoints.
-MARK = "has_pruning_masks"
 # How the values of an opened layer were stored.
 STORED = "pruning_values"
 
@@ -63,7 +62,7 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: 
 
 def has_lost_masks(model: PreTrainedModel) -> bool:
     """Whether a model comes from a training's checkpoint by `from_pretrained`, which does not read its masks."""
-    return bool(getattr(model.config, MARK, False)) and not masked_modules(model)
+    return bool(getattr(model.config, MASKED, False)) and not masked_modules(model)
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def apply_masks(modules: Iterable[nn.Module]) -> None:
 
 def remove_masks(model: PreTrainedModel) -> None:
     """Take off masks and all that criteria gathered."""
-    model.config.__dict__.pop(MARK, None)
+    model.config.__dict__.pop(MASKED, None)
     for module in model.modules():
         for name in BUFFERS:
             module._buffers.pop(name, None)

@@ -19,6 +19,7 @@ from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
+from ...layout import MASKED
 from .configuration import PruningConfig
 from .expected import expected_layout, expected_structure
 from .masks import has_lost_masks, open_layers, sparse_layer
@@ -48,7 +49,8 @@ class Pruning(Method[PruningConfig, Energies | None]):
         if has_lost_masks(anatomy.model):
             raise ConfigurationError(
                 "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
-                "out: what was pruned would come back. Resume that training, which ends with a sparse model."
+                "out: what was pruned would come back. Resume that training, which ends with a sparse model; or, to "
+                f"prune it as the dense model that it is now, del model.config.{MASKED}."
             )
         self.needs_calibration = config.needs_data
         self.sequential = self.spreads = config.criterion == "wanda"
