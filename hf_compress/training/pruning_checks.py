@@ -38,8 +38,8 @@ def check_recipe(model: PreTrainedModel, config: PruningConfig | None) -> None:
     masks = (mask_of(module) for module in masked_modules(model).values())
     if config.structured and (types or any(mask is not None and not mask.all() for mask in masks)):
         raise ConfigurationError(
-            "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one weights are "
-            "pruned already. Begin with the dense original; to resume a training, load that first."
+            "PruningConfig: `structured=True` removes heads and columns of a dense model, and in this one single "
+            "weights are pruned already. Begin with the dense original; to resume a training, load that first."
         )
     if config.base_model is not None:
         raise ConfigurationError(
