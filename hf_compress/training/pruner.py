@@ -169,11 +169,11 @@ class Pruner:
                 model; or this Pruner has seen the end of the schedule, and the checkpoint is from before it.
         """
         self._state.check(step, self.config)
-        zeros = {path: module.get_buffer(BEFORE) for path, module in self.modules.items() if BEFORE in module._buffers}
+        before = self._zeros_before()
         if not self._state.zeros:
-            for path in zeros:  # what an interrupted training had left in this model
+            for path in before:  # what an interrupted training had left in this model
                 del self.modules[path]._buffers[BEFORE]
-        elif self._state.zeros != sum(int((~mask).sum()) for mask in zeros.values()):
+        elif self._state.zeros != sum(int((~mask).sum()) for mask in before.values()):
             raise ConfigurationError(
                 f"the checkpoint is of a model of which {self._state.zeros} weights were pruned before the training. "
                 "Resume with the model that the training began with."
