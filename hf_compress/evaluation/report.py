@@ -155,6 +155,12 @@ def _cost_figures(comparison: Comparison, labels: list[str]) -> str:
     )
 
 
+def _heads(titles: Sequence[str], texts: Sequence[str]) -> str:
+    """The heads of columns of numbers, and of those in `texts`."""
+    kinds = {title: ' class="text"' if title in texts else "" for title in titles}
+    return "".join(f'<th scope="col"{kind}>{title}</th>' for title, kind in kinds.items())
+
+
 def _layers(measurements: Sequence[Measurement]) -> str:
     rows = "".join(
         f'<tr><td class="text">{escape(own.name)}</td><td class="text">{escape(layer.path)}</td><td>{layer.count}</td>'
@@ -165,17 +171,9 @@ def _layers(measurements: Sequence[Measurement]) -> str:
     )
     if not rows:
         return ""
-    heads = "".join(
-        f'<th scope="col"{kind}>{head}</th>'
-        for head, kind in (
-            ("model", ' class="text"'),
-            ("first of its kind", ' class="text"'),
-            ("layers", ""),
-            ("format", ' class="text"'),
-            ("dense (ms)", ""),
-            ("compressed (ms)", ""),
-            ("speed-up", ""),
-        )
+    heads = _heads(
+        ["model", "first of its kind", "layers", "format", "dense (ms)", "compressed (ms)", "speed-up"],
+        texts=("model", "first of its kind", "format"),
     )
     return (
         "<section><h2>Layers beside dense ones of their size</h2>"
@@ -280,18 +278,7 @@ def _modules(modules: Sequence[ModuleReport]) -> str:
         f"<td>{row.error:.4g}</td></tr>"
         for row in modules
     )
-    heads = "".join(
-        f'<th scope="col"{kind}>{head}</th>'
-        for head, kind in (
-            ("block", ""),
-            ("module", ' class="text"'),
-            ("kind", ' class="text"'),
-            ("size", ""),
-            ("parameters", ""),
-            ("bytes", ""),
-            ("error", ""),
-        )
-    )
+    heads = _heads(["block", "module", "kind", "size", "parameters", "bytes", "error"], texts=("module", "kind"))
     return (
         f'<details><summary>All {len(modules)} modules</summary><div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div></details>"

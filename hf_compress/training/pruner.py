@@ -15,7 +15,7 @@ from ..engine.compress import attach_result, describe_run
 from ..engine.report import CompressionReport
 from ..engine.weights import count_weights
 from ..errors import ConfigurationError, NumericalError
-from ..layout import MASKED, layout_of
+from ..layout import layout_of
 from ..methods.pruning.configuration import PruningConfig
 from ..methods.pruning.gathering import GATHERED, Gathering
 from ..methods.pruning.masks import (
@@ -23,6 +23,7 @@ from ..methods.pruning.masks import (
     apply_masks,
     attach_masks,
     has_lost_masks,
+    lost_masks_error,
     mask_of,
     masked_modules,
     open_layers,
@@ -253,11 +254,7 @@ class Pruner:
 
     def _check_step(self, step: int) -> None:
         if self._lost and not self._state.step:
-            raise ConfigurationError(
-                "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
-                "out: what was pruned would come back. Resume that training (resume_from_checkpoint), which ends with "
-                f"a sparse model; or, to prune it as the dense model that it is now, del model.config.{MASKED}."
-            )
+            raise lost_masks_error()
         if self.config is not None and step <= self.config.warmup_steps and self._prepared != step:
             raise ConfigurationError(
                 "PruningConfig: `warmup_steps` needs before_step(step) before every optimizer.step(), which holds "

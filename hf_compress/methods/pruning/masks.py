@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import dense_rows
 from ...engine.exclusion import is_excluded
+from ...errors import ConfigurationError
 from ...layout import MASKED
 from ...resized import stood_on
 from .configuration import Values
@@ -63,6 +64,15 @@ def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: 
 def has_lost_masks(model: PreTrainedModel) -> bool:
     """Whether a model comes from a training's checkpoint by `from_pretrained`, which does not read its masks."""
     return bool(getattr(model.config, MASKED, False)) and not masked_modules(model)
+
+
+def lost_masks_error() -> ConfigurationError:
+    """Why such a model is not pruned further."""
+    return ConfigurationError(
+        "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves out: what "
+        "was pruned would come back. Resume that training (resume_from_checkpoint), which ends with a sparse model; "
+        f"or, to prune it as the dense model that it is now, del model.config.{MASKED}."
+    )
 
 
 @torch.no_grad()

@@ -19,10 +19,9 @@ from ...engine.registry import register_method
 from ...engine.report import ModuleReport
 from ...engine.session import BlockResult, Expectation, Method, Session
 from ...errors import ConfigurationError, NumericalError
-from ...layout import MASKED
 from .configuration import PruningConfig
 from .expected import expected_layout, expected_structure
-from .masks import has_lost_masks, open_layers, sparse_layer
+from .masks import has_lost_masks, lost_masks_error, open_layers, sparse_layer
 from .mathematics import keep_best, keep_best_of_rows, kept_count
 from .modules import SparseLinear
 from .parts import Part, prunable_parts
@@ -47,11 +46,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
     def __init__(self, config: PruningConfig, anatomy: ModelAnatomy) -> None:
         super().__init__(config, anatomy)
         if has_lost_masks(anatomy.model):
-            raise ConfigurationError(
-                "the model comes from a checkpoint of a pruning in a training, whose masks from_pretrained leaves "
-                "out: what was pruned would come back. Resume that training, which ends with a sparse model; or, to "
-                f"prune it as the dense model that it is now, del model.config.{MASKED}."
-            )
+            raise lost_masks_error()
         self.needs_calibration = config.needs_data
         self.sequential = self.spreads = config.criterion == "wanda"
         self.parts, self.left_alone = prunable_parts(config, anatomy)
