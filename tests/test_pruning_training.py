@@ -371,6 +371,31 @@ def test_a_nan_reaches_nothing_that_the_optimizer_holds() -> None:
     assert torch.equal(outside, torch.ones(3)) and pruner.skipped_steps == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_leaves_out_reaches_no_score(fused: bool) -> None:
+    """Fused optimizers unscale within their step, so one that is left out keeps gradients that are a thousandfold."""
+
+    def masks(scaler: Any) -> dict[str, torch.Tensor]:
+        model = make_model("llama").train()
+        pruner = Pruner(model, config())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        for step in range(1, 10):
+            scaler.scale(model(IDS, labels=IDS).loss).backward()
+            if step == 3:
+                model.lm_head.weight.grad[0, 0] = float("inf")
+            assert pruner.before_step(step, drop_non_finite=not scaler.is_enabled()) == (step != 3)
+            scaler.step(optimizer)
+            pruner.update(step)
+            scaler.update()
+            optimizer.zero_grad()
+        assert pruner.skipped_steps == 1 and all(weight.isfinite().all() for weight in model.parameters())
+        return {path: mask_of(module).clone() for path, module in pruner.modules.items()}
+
+    scaled = masks(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plain = masks(torch.amp.GradScaler("cpu", enabled=False))
+    assert all(torch.equal(mask, plain[path]) for path, mask in scaled.items())
+
+
 def test_a_training_that_has_diverged_is_not_finalized() -> None:
     model = make_model("llama")
     pruner = Pruner(model, config(criterion="random"))

@@ -30,10 +30,10 @@ from ..methods.pruning.masks import (
     remove_masks,
     sparse_layer,
 )
-from ..methods.pruning.mathematics import cubic_sparsity
+from ..methods.pruning.mathematics import all_finite, cubic_sparsity
 from ..methods.pruning.method import report_row
 from ..methods.pruning.parts import prunable_parts
-from ..methods.pruning.scores import all_finite, rounded_ratio, warn_if_fresh_head
+from ..methods.pruning.scores import rounded_ratio, warn_if_fresh_head
 from ..methods.pruning.selection import select, sparsity_of, warn_if_undecided
 from ..methods.pruning.state import TrainingState
 from ..methods.pruning.structured import removable_groups
@@ -197,17 +197,18 @@ class Pruner:
 
         Args:
             parameters: what the optimizer steps on beside the model's own.
-            drop_non_finite: `False` where a gradient scaler leaves such steps out.
+            drop_non_finite: `False` where a gradient scaler leaves such steps out, and has to see why. No score sees
+                them either way: an optimizer that unscales within its step leaves the gradients of such a one scaled.
 
         Returns:
             Whether the step's gradients were finite, as far as looked at.
         """
         stepped = {id(parameter): parameter for parameter in (*self.model.parameters(), *parameters)}.values()
         gradients = [parameter.grad for parameter in stepped if parameter.grad is not None]
-        if drop_non_finite and not all_finite(gradients):
-            for parameter in stepped:
-                parameter.grad = None
+        if not all_finite(gradients):
             self._dropped = step
+            for parameter in stepped if drop_non_finite else ():
+                parameter.grad = None
         elif self.config is not None and step <= self.config.warmup_steps:
             for parameter in self.model.base_model.parameters():
                 parameter.grad = None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...errors import NumericalError
 from .configuration import PruningConfig
 from .masks import SCORE, START, VALUE, mask_of
-from .scores import all_finite, scores_now
+from .mathematics import all_finite
+from .scores import scores_now
 
 #: Criteria whose scores are sums over steps.
 GATHERED = ("sensitivity", "movement")

