@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import IDS, logits, make_model
+from safetensors.torch import load_file
 from test_pruning import layers, pruned, sparsity
 from test_pruning_training import config, trainer, zeros
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import hf_compress
 from hf_compress import Pruner, PruningCallback, PruningConfig
 from hf_compress.layout import layout_of
+from hf_compress.saved_names import accept_saved_names
 
 
 @pytest.mark.parametrize("at", [4, 8])
@@ -199,17 +201,38 @@ def test_models_that_share_a_configuration_do_not_share_masks(tmp_path: Path) ->
     pruned(other)
 
 
-def test_a_matrix_that_was_cut_for_the_file_is_not_left_as_it_was(tmp_path: Path) -> None:
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+def mixtral() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=96, num_attention_heads=2, num_key_value_heads=2, **sizes))
 
-    def run() -> Trainer:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 2}
-        model = MixtralForCausalLM(MixtralConfig(vocab_size=96, num_attention_heads=2, num_key_value_heads=2, **sizes))
-        return trainer(model, tmp_path, [PruningCallback(config())], **saving)
 
-    run().train()
-    with pytest.raises(hf_compress.CheckpointError, match=r"experts\.0.*cut for the file"):
-        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+def test_matrices_that_were_cut_for_the_file_are_put_together_again(tmp_path: Path) -> None:
+    """The Trainer hands the file's experts to load_state_dict, which knows them in one piece alone."""
+    torch.manual_seed(0)
+    whole, resumed = mixtral(), mixtral()
+    run = trainer(whole, tmp_path, [PruningCallback(config())], save_strategy="steps", save_steps=4)
+    run.train()
+    again = trainer(resumed, tmp_path / "again", [PruningCallback(config())])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert zeros(resumed).keys() == zeros(whole).keys()
+    assert all(torch.equal(mask, zeros(whole)[path]) for path, mask in zeros(resumed).items())
+    torch.testing.assert_close(logits(resumed.eval()), logits(whole.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_whose_parts_are_not_all_there_is_not_left_as_it_was(tmp_path: Path) -> None:
+    model, other = mixtral(), mixtral()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    accept_saved_names(other)
+    other.load_state_dict(state)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    for name in ("experts.1.w3.weight", "experts.0.w2.weight"):
+        gone = f"model.layers.1.block_sparse_moe.{name}"
+        for changed in (None, state[gone][:-1]):
+            cut = {key: tensor for key, tensor in state.items() if key != gone}
+            cut |= {} if changed is None else {gone: changed}
+            with pytest.raises(hf_compress.CheckpointError, match=r"layers\.1.*experts.*cut for the file"):
+                other.load_state_dict(cut, strict=False)
 
 
 def test_a_trainer_that_has_seen_the_end_does_not_resume_from_before_it(tmp_path: Path) -> None:
