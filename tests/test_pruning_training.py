@@ -396,6 +396,26 @@ def test_a_step_that_a_scaler_leaves_out_reaches_no_score(fused: bool) -> None:
     assert all(torch.equal(mask, plain[path]) for path, mask in scaled.items())
 
 
+def test_a_step_is_judged_by_its_own_gradients() -> None:
+    """Not by those of the last try with its number, nor beside a scaler by those that the optimizer does not hold."""
+    model = make_model("llama").train()
+    held = [p for p in model.parameters() if p is not model.get_input_embeddings().weight]
+    pruner = Pruner(model, config(warmup_steps=1))
+    model(IDS, labels=IDS).loss.backward()
+    good = {parameter: parameter.grad.clone() for parameter in held}
+    model.get_input_embeddings().weight.grad.fill_(float("inf"))
+    assert pruner.before_step(1, parameters=held, drop_non_finite=False)
+    assert model.lm_head.weight.grad is not None and model.model.norm.weight.grad is None
+    held[3].grad = torch.full_like(held[3], float("inf"))
+    assert not pruner.before_step(2, parameters=held, drop_non_finite=False)
+    for parameter, gradient in good.items():
+        parameter.grad = gradient
+    assert pruner.before_step(2, parameters=held, drop_non_finite=False)
+    model.lm_head.weight.grad[0, 0] = float("inf")
+    assert not pruner.before_step(1, drop_non_finite=False)
+    assert model.lm_head.weight.grad is not None and model.model.norm.weight.grad is None  # held back all the same
+
+
 def test_a_training_that_has_diverged_is_not_finalized() -> None:
     model = make_model("llama")
     pruner = Pruner(model, config(criterion="random"))

@@ -15,6 +15,8 @@ from transformers import (
     Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    NomicBertConfig,
+    NomicBertModel,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -36,6 +38,7 @@ from hf_compress import (
     PruningConfig,
     RandomStepCallback,
 )
+from hf_compress.saved_names import accept_saved_names
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -178,3 +181,27 @@ def test_a_tied_embedding_keeps_its_name(tmp_path: Path) -> None:
     assert found.missing_keys == ["lm_head.weight"]
     other.tie_weights()
     assert torch.equal(other.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_a_matrix_of_which_nothing_is_left_keeps_its_name(tmp_path: Path) -> None:
+    model = vit()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj.weight" in name:
+                parameter.zero_()
+    hf_compress.compress(model, PruningConfig(sparsity=0.9, criterion="magnitude"))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert any(not tensor.numel() for tensor in state.values())
+    model.load_state_dict(state)
+
+
+def test_matrices_that_were_joined_for_the_file_are_cut_again(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model, other = (NomicBertModel(NomicBertConfig(vocab_size=64, **sizes)) for _ in range(2))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert any("Wqkv" in name for name in state) and not any("Wqkv" in name for name in model.state_dict())
+    accept_saved_names(other)
+    other.load_state_dict(state)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -170,6 +170,7 @@ class Pruner:
                 model; or this Pruner has seen the end of the schedule, and the checkpoint is from before it.
         """
         self._state.check(step, self.config)
+        self._prepared = self._dropped = -1
         before = self._zeros_before()
         if not self._state.zeros:
             for path in before:  # what an interrupted training had left in this model
@@ -196,24 +197,25 @@ class Pruner:
         `warmup_steps` those of all but the head; optimizers leave out parameters without.
 
         Args:
-            parameters: what the optimizer steps on beside the model's own.
+            parameters: what the optimizer steps on, where it is not the model's own parameters.
             drop_non_finite: `False` where a gradient scaler leaves such steps out, and has to see why. No score sees
                 them either way: an optimizer that unscales within its step leaves the gradients of such a one scaled.
 
         Returns:
             Whether the step's gradients were finite, as far as looked at.
         """
-        stepped = {id(parameter): parameter for parameter in (*self.model.parameters(), *parameters)}.values()
-        gradients = [parameter.grad for parameter in stepped if parameter.grad is not None]
-        if not all_finite(gradients):
-            self._dropped = step
-            for parameter in stepped if drop_non_finite else ():
-                parameter.grad = None
-        elif self.config is not None and step <= self.config.warmup_steps:
+        held = list(parameters)
+        judged = {id(parameter): parameter for parameter in [*held, *self.model.parameters()]}
+        if held and not drop_non_finite:  # a scaler judges by what its optimizer holds
+            judged = {id(parameter): parameter for parameter in held}
+        finite = all_finite(parameter.grad for parameter in judged.values() if parameter.grad is not None)
+        for parameter in judged.values() if drop_non_finite and not finite else ():
+            parameter.grad = None
+        if self.config is not None and step <= self.config.warmup_steps:
             for parameter in self.model.base_model.parameters():
                 parameter.grad = None
-        self._prepared = step
-        return self._dropped != step
+        self._prepared, self._dropped = step, -1 if finite else step
+        return finite
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -23,6 +23,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     found: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         values = tensor.detach()._values() if tensor.is_sparse else tensor.detach()
+        values = torch.view_as_real(values) if values.is_complex() else values
         if values.numel():
             found.setdefault(tensor.device, []).extend(values.aminmax())
     return all(bool(torch.stack(each).isfinite().all()) for each in found.values())
