@@ -13,7 +13,6 @@ import jaxtyping
 import pytest
 import torch
 from calibration_helpers import make_tokenizer
-from jaxtyping import install_import_hook
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -29,9 +28,10 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
 )
+from typechecking import checked_imports
 
 # The shapes in the annotations are checked at run time wherever the tests go.
-with install_import_hook("hf_compress", "typechecking.check"):
+with checked_imports("hf_compress"):
     import hf_compress
     from hf_compress import (
         CalibrationConfig,
