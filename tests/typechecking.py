@@ -33,7 +33,8 @@ def checked_imports(package: str) -> Iterator[None]:
 
 def _checked(*, typechecker: Any) -> Callable[[Any], Any]:
     def decorate(target: Any) -> Any:
-        if not inspect.isfunction(target):
+        # A generator looks at its arguments once it runs, in whatever scope that is.
+        if not inspect.isfunction(target) or inspect.isgeneratorfunction(target):
             return _jaxtyped(typechecker=typechecker)(target)
         checked = check(_resolved(target))
         has_shapes = any(_SHAPE.search(str(annotation)) for annotation in target.__annotations__.values())

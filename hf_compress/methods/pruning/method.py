@@ -117,7 +117,7 @@ class Pruning(Method[PruningConfig, Energies | None]):
             raise NumericalError(f"criterion {self.config.criterion!r}: {failure}.") from failure
         reached = sparsity_of(list(self.masks.values()))
         session.notes["sparsity"] = round(reached, 6)
-        if reached > self.config.sparsity + 0.005:
+        if self.before is not None and reached > self.config.sparsity + 0.005:
             warnings.warn(
                 f"a sparsity of {self.config.sparsity} was asked for, and the model is pruned to {reached:.3f} "
                 "already; nothing is un-pruned.",
