@@ -285,6 +285,16 @@ def test_pruning_again_never_un_prunes(tmp_path: Path) -> None:
     assert sparsity(looser) == pytest.approx(0.8, abs=1e-4)
 
 
+def test_rows_that_round_are_no_earlier_pruning() -> None:
+    """48 columns of which 14.4 stay: 14, which is more sparsity than was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = hf_compress.compress(
+            make_model("llama"), PruningConfig(sparsity=0.7, criterion="magnitude", scope="row")
+        )
+    assert sparsity(model) > 0.705
+
+
 def test_another_method_on_top_is_refused(tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
     for recipe in (hf_compress.CodebookConfig(bits=3, learning="none"),):
