@@ -18,7 +18,7 @@ def is_unsaved(model: Any) -> bool:
 
 
 def check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
-    """An adapter cannot be added to weights that are codes; PEFT itself would stop at their shape."""
+    """An adapter cannot be added to weights that are packed; PEFT itself would stop at their shape."""
     packed = next(
         (path for path, module in tuner.model.named_modules() if getattr(module, "packs_weight", False)), None
     )
@@ -30,9 +30,9 @@ def check_merge_allowed(original: Callable[..., Any], tuner: Any) -> None:
         )
     if packed is not None:
         raise CompressionError(
-            f"the adapter cannot be merged: {packed!r} keeps its weights as codes. Keep the adapter beside the "
-            "compressed model, or call dequantize() on the compressed model before the adapter is attached; where "
-            "weights were pruned, the merge then fills their zeros."
+            f"the adapter cannot be merged: {packed!r} keeps its weights as codes, or only those that a pruning has "
+            "left. Keep the adapter beside the compressed model, or call dequantize() on the compressed model before "
+            "the adapter is attached; where weights were pruned, the merge then fills their zeros."
         )
     original(tuner)
 
